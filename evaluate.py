@@ -1,0 +1,913 @@
+"""Evaluation: every table of the paper, for one model of ours or anyone's (Sec. 5.3-5.7, Tab. 2-6).
+
+    python evaluate.py RUN --task all --data studies.jsonl    measure; print rows and write JSON
+    python evaluate.py --compare A.json B.json ...            one table of many result files
+
+RUN is what load_model takes (a run folder, a checkpoint, a Hugging Face CLIP folder) or a Python
+file that defines load(). What is scored is a study's `targets`, else its `labels`; -1 is left out.
+Symbols: n images, m texts, K classes, D width, R bootstrap resamples. Metrics are fractions.
+
+SPDX-License-Identifier: MIT
+"""
+
+import argparse
+import copy
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+import zlib
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import PIL
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+import transformers
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from data import SPLITS, Manifest, label_vector, read_image
+from loss import DynamicSoftContrastiveLoss, soft_labels
+from model import load_model
+from negations import CONDITIONS, open_atomic, run_main
+
+TIE = 1e-6  # closer cosines are a tie, and a tie is wrong: float32 cannot tell them apart
+CELLS = 20_000_000  # similarities held at once
+PROBE_EPOCHS, FULL_EPOCHS = 100, 10
+OPTIONS = {"batch_size": 64, "workers": 0, "seed": 0, "resamples": 1000, "pool": 0,
+           "fraction": [0.1, 1.0], "full": False, "conditions": None, "progress": False}
+FIVE = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")  # of 5x200
+ACCURACY_SETS = ("chexpert5x200", "vindr", "cxr14")  # Tab. 2: accuracy; AUC for other sets
+TABLE = {"zero-shot": "Tab. 2", "fine-tune": "Tab. 2", "normal-case": "Tab. 3",
+         "adversarial": "Tab. 4", "retrieval": "Tab. 5", "cxr-align": "Tab. 6"}
+
+# ASSUMPTION: prompts are our own; every phrase of a class goes into every template.
+POSITIVE = ("There is {}.", "{} is seen on this chest radiograph.", "The image shows {}.")
+NEGATIVE = ("There is no {}.", "No {} is seen on this chest radiograph.", "The image shows no {}.")
+PHRASES = {  # "phrase; phrase | a sentence of its absence"; another class is called by its name
+    "Enlarged Cardiomediastinum": "widened mediastinum; enlarged cardiomediastinal contour"
+                                  " | The mediastinum is of normal width.",
+    "Cardiomegaly": "cardiomegaly; enlarged heart | The heart is of normal size.",
+    "Lung Opacity": "lung opacity; hazy density in the lung | Both lungs are clear.",
+    "Lung Lesion": "lung lesion; nodule or mass in the lung | No mass in either lung.",
+    "Edema": "pulmonary edema; interstitial edema | Pulmonary vessels look normal.",
+    "Consolidation": "consolidation; airspace consolidation | No airspace disease.",
+    "Pneumonia": "pneumonia; infectious infiltrate | The lungs are free of infection.",
+    "Atelectasis": "atelectasis; partial lung collapse | The lungs are fully expanded.",
+    "Pneumothorax": "pneumothorax; air in the pleural space | Both lungs reach the chest wall.",
+    "Pleural Effusion": "pleural effusion; pleural fluid | The costophrenic angles are sharp.",
+    "Pleural Other": "pleural thickening; pleural scarring | The pleura looks normal.",
+    "Fracture": "fracture; broken rib | The bones are intact.",
+    "Support Devices": "support device; tube, line or pacemaker | No foreign object is present.",
+    "Mass": "lung mass", "Nodule": "lung nodule", "Nodule/Mass": "lung nodule or mass",
+    "Infiltration": "lung infiltrate", "Hernia": "hiatal hernia", "Fibrosis": "lung fibrosis",
+    "ILD": "interstitial lung disease", "Enlarged PA": "enlarged pulmonary artery"}
+NORMAL = ("Normal chest radiograph.", "The heart, lungs and pleura look normal.",
+          "No acute abnormality in the chest.", "There is nothing abnormal.")
+ABNORMAL = ("Abnormal chest radiograph.", "The heart, lungs or pleura look abnormal.",
+            "An acute abnormality in the chest.", "There is an abnormality.")
+
+
+# ---- metrics: pure numpy, for R bootstrap resamples at once (weights: how often each is drawn)
+
+
+def _ratio(part, whole):
+    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
+
+
+def ranking(scores, truth, weights):
+    """AUROC (a tie counts half) and average precision (tied scores share one threshold).
+
+    scores: (n,); truth: (n,), 1, 0, anything else is left out; weights: (n, R) whole numbers.
+    Returns two (R,), NaN where only one class is there.
+    """
+    scores, truth, sides = np.asarray(scores, np.float64), np.asarray(truth), []
+    for value in (0, 1):
+        rows = np.flatnonzero(truth == value)
+        rows = rows[np.argsort(scores[rows])]
+        total = np.zeros((len(rows) + 1, weights.shape[1]), np.float32)  # exact up to 2^24
+        np.cumsum(weights[rows], axis=0, out=total[1:])
+        sides.append((scores[rows], total))
+    (low, below), (high, above) = sides  # negatives and positives from the lowest score up
+    drawn, count = np.diff(above, axis=0), above[-1].astype(np.float64)        # (P, R), (R,)
+    left, right = np.searchsorted(low, high, "left"), np.searchsorted(low, high, "right")
+    wins = (drawn * (below[left] + below[right])).sum(0, dtype=np.float64) / 2
+    hits = above[-1] - above[np.searchsorted(high, high, "left")]              # (P, R)
+    precision = np.nan_to_num(_ratio(hits, hits + below[-1] - below[left]))
+    both = count * below[-1]
+    return _ratio(wins, both), np.where(
+        both > 0, _ratio((drawn * precision).sum(0, dtype=np.float64), count), np.nan)
+
+
+def auroc(scores, truth) -> float:
+    """Area under the ROC curve of (n,) scores; a tie counts half; NaN where one class only."""
+    return float(ranking(scores, truth, np.ones((len(scores), 1), np.float32))[0][0])
+
+
+def average_precision(scores, truth) -> float:
+    """Area under the precision-recall steps of (n,) scores; NaN where one class only."""
+    return float(ranking(scores, truth, np.ones((len(scores), 1), np.float32))[1][0])
+
+
+def means(columns, weights):
+    """Means of columns (k, n) under weights (n, R) -> (k, R); NaN entries are left out."""
+    known = ~np.isnan(columns)
+    return _ratio(np.where(known, columns, 0).astype(np.float32) @ weights,
+                  known.astype(np.float32) @ weights)
+
+
+def median(values, weights):
+    """Lower median of values (n,) under weights (n, R) -> (R,)."""
+    order = np.argsort(values, kind="stable")
+    total = np.cumsum(weights[order], axis=0)                                  # (n, R)
+    return np.asarray(values, np.float64)[order][(2 * total >= total[-1]).argmax(0)]
+
+
+def resample(patients, resamples, seed):
+    """Yield weights (n, r): patients (n,) drawn with replacement, some resamples at a time."""
+    inverse = np.unique(patients, return_inverse=True)[1]
+    count, rng = inverse.max() + 1, np.random.default_rng(seed)
+    for start in range(0, resamples, step := max(1, 4_000_000 // len(inverse))):
+        r = min(step, resamples - start)
+        drawn = rng.integers(0, count, (r, count)) + count * np.arange(r)[:, None]
+        drawn = np.bincount(drawn.ravel(), minlength=r * count).reshape(r, count)
+        yield drawn.T[inverse].astype(np.float32)                              # (n, r)
+
+
+def bootstrap(statistic, patients, resamples=1000, seed=0):
+    """Values and 95 % percentile intervals, resampled by patient.
+
+    statistic: function of weights (n, R) that returns {name: (R,)}; patients: (n,) ids.
+    Returns {name: {"value": float, "interval": [low, high]}}, NaN where nothing can be said.
+    """
+    point = statistic(np.ones((len(patients), 1), np.float32))
+    drawn = [statistic(weights) for weights in resample(patients, resamples, seed)]
+    result = {}
+    for name, value in point.items():
+        values = np.concatenate([part[name] for part in drawn] or [[np.nan]])
+        values = values[~np.isnan(values) & ~np.isnan(value[0])]
+        interval = np.quantile(values, (0.025, 0.975)) if len(values) else np.full(2, np.nan)
+        result[name] = {"value": float(value[0]), "interval": interval.tolist()}
+    return result
+
+
+def classification(scores, truth, classes):
+    """Statistic: AUROC, AP, accuracy at score > 0 per class; macro over those with both labels.
+
+    scores, truth: (n, K), NaN where the truth is not known.
+    """
+    right = np.where(np.isnan(truth), np.nan, (scores > TIE) == (truth == 1)).T  # (K, n)
+    both = [{0, 1} <= set(column) for column in truth.T]
+
+    def statistic(weights):
+        ranked = [ranking(scores[:, k], truth[:, k], weights) for k in range(len(classes))]
+        area, precision = zip(*ranked, strict=True)
+        result, single = {}, {}
+        for name, rows in (("AUROC", area), ("AP", precision), ("accuracy", means(right, weights))):
+            single |= {f"{name} {label}": row for label, row in zip(classes, rows, strict=True)}
+            rows = np.array(rows)[both]                                        # (K, R)
+            result[f"macro {name}"] = _ratio(np.nansum(rows, 0), (~np.isnan(rows)).sum(0))
+        return result | single
+
+    return statistic
+
+
+def label_f1(predicted, truth):
+    """Statistic: CheXbert-style precision, recall, F1 of (n, K) booleans, micro and macro."""
+    counts = [part.T.astype(np.float32) for part in (predicted & truth, predicted, truth)]
+
+    def statistic(weights):
+        result, every = {}, np.stack([part @ weights for part in counts])      # (3, K, R)
+        for kind, (hit, said, real) in (("micro", every.sum(1, keepdims=True)), ("macro", every)):
+            for name, part, whole in (("F1", 2 * hit, said + real), ("recall", hit, real),
+                                      ("precision", hit, said)):
+                result[f"{kind} {name}"] = np.nan_to_num(_ratio(part, whole)).mean(0)
+        return result
+
+    return statistic
+
+
+def retrieve(images, texts, own, cells=CELLS):
+    """Rank of each image's own text and the text ranked first; equal scores go before one's own.
+
+    images: (n, D); texts: (m, D), unit rows; own: (n,) index into texts. `cells` similarities are
+    held at once, so that 400,000 reports fit. Returns ranks (n,) from 1 and indices (n,).
+    """
+    ranks, first = [], []
+    for start in range(0, len(images), step := max(1, cells // len(texts))):
+        mine = own[start:start + step, None]                                   # (c, 1)
+        similarity = images[start:start + step] @ texts.T                      # (c, m)
+        bar = similarity.gather(1, mine) - TIE
+        ranks.append((similarity >= bar).sum(1))
+        first.append(similarity.scatter(1, mine, bar).argmax(1))
+    return torch.cat(ranks), torch.cat(first)
+
+
+# ---- embeddings
+
+
+class Images(Dataset):
+    """Rows of a manifest as pixels; an unreadable image becomes the error's message, one line."""
+
+    def __init__(self, manifest, rows, model):
+        self.manifest, self.rows, self.transform = manifest, rows, model.transform
+        size = getattr(model, "image_size", None)
+        self.at_least = size and size * 5 // 4  # as in training: JPEGs are decoded no larger
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        record = self.manifest[self.rows[i]]
+        try:
+            image = read_image(self.manifest.image_path(record), self.at_least)
+        except (OSError, ValueError) as error:
+            return f"{self.manifest.path}:{self.manifest.line(self.rows[i])}: {error}"
+        return self.transform(image)
+
+    def batches(self, batch_size, workers, progress):
+        """Yield (B, C, H, W); ValueError with file and line for an image that cannot be read."""
+        for items in tqdm(DataLoader(self, batch_size, num_workers=workers, collate_fn=list),
+                          "images", disable=not progress, leave=False):
+            if broken := [item for item in items if isinstance(item, str)]:
+                raise ValueError(f"{broken[0]}; `python data.py check` lists all such rows")
+            yield torch.stack(items)
+
+
+def _device(model):
+    parameters = model.parameters() if hasattr(model, "parameters") else iter(())
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))
+
+
+def _encode(encode, batches, count, device):
+    """encode(rows of this rank) gathered over ranks -> (count, D) float32 unit rows on the CPU.
+
+    batches(rows) yields what `encode` takes. Every rank takes equally many rows, the last one
+    being repeated, and what is too many is dropped, so that each item counts once.
+    """
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    size = -(-count // world)
+    rows = [min(row, count - 1) for row in range(rank * size, (rank + 1) * size)]
+    with torch.inference_mode():
+        parts = [torch.as_tensor(encode(batch)) for batch in batches(rows)]
+        part = F.normalize(torch.cat(parts).to(device).float(), dim=-1).contiguous()  # (size, D)
+        parts = [torch.empty_like(part) for _ in range(world)]
+        if world > 1:
+            dist.all_gather(parts, part)
+    result = (torch.cat(parts) if world > 1 else part)[:count].cpu()           # (count, D)
+    if not torch.isfinite(result).all():
+        raise ValueError("this model's embeddings are NaN or infinite: did its training diverge?")
+    return result.clone()
+
+
+def embed_images(model, manifest, batch_size=64, workers=0, progress=False):
+    """Every image of a manifest -> (n, D) float32 unit rows on the CPU; ranks share the work."""
+    device = _device(model)
+    return _encode(lambda pixels: model.encode_image(pixels.to(device, non_blocking=True)),
+                   lambda rows: Images(manifest, rows, model).batches(batch_size, workers, progress),
+                   len(manifest), device)
+
+
+def embed_texts(model, texts, batch_size=64, progress=False):
+    """Texts -> (m, D) float32 unit rows on the CPU; equal texts are encoded once; ranks share."""
+    distinct = sorted(set(texts), key=lambda text: (len(text), text))  # like lengths: less padding
+    place = {text: i for i, text in enumerate(distinct)}
+
+    def batches(rows):
+        for start in tqdm(range(0, len(rows), batch_size), "texts", disable=not progress,
+                          leave=False):
+            yield [distinct[row] for row in rows[start:start + batch_size]]
+
+    embedded = _encode(model.encode_text, batches, len(distinct), _device(model))
+    return embedded[[place[text] for text in texts]]
+
+
+class Bench:
+    """One model on one split; every embedding is computed once and shared by the tasks.
+
+    options: see OPTIONS. Raises ValueError for an empty split or an unknown condition.
+    """
+
+    def __init__(self, model, manifest, **options):
+        self.model, self.manifest, self.options = model, manifest, OPTIONS | options
+        self.opt, self.notes, self.known = SimpleNamespace(**self.options), [], {}
+        self.where, n = f"{manifest.path} (split {manifest.split})", len(manifest)
+        if not n:
+            raise ValueError(f"{self.where}: no studies; choose another --split, or write "
+                             '"split": "train", "val" or "test" into each line')
+        self.reports, self.negatives, self.pairs, rows, share = [], [], {}, [], {}
+        self.labels = np.full((n, len(CONDITIONS)), -1, np.int8)  # -1: this line has no labels
+        for i in range(n):
+            record = manifest[i]
+            labels, targets = record.get("labels"), record.get("targets")
+            self.set = record["id"].split("/")[0]
+            report = record.get("report") or ""
+            self.reports.append(share.setdefault(report, report))  # equal reports share memory
+            if labels is not None:  # positive or uncertain counts, as in CheXbert's F1
+                self.labels[i] = label_vector(labels)
+            # ASSUMPTION: where labels are the truth, a finding that is not mentioned is absent.
+            rows.append((targets or labels or {}, -1 if targets or labels is None else 0))
+            for negative in (record.get("hard_negatives") or ())[:1]:  # CXR-Align's choice
+                self.negatives.append((i, *(negative[k] for k in ("condition", "report", "omitted"))))
+            self.pairs |= {i: record["adversarial"]} if "adversarial" in record else {}
+        names, wanted = {name for row, _ in rows for name in row}, self.opt.conditions
+        classes = [name for name in CONDITIONS if name in names] + sorted(names - {*CONDITIONS})
+        if unknown := [name for name in wanted or () if name not in classes]:
+            raise ValueError(f"{self.where}: unknown condition {unknown[0]!r}; expected one of "
+                             f"{', '.join(classes)}")
+        self.normal = np.array([row.get("No Finding", other) for row, other in rows])  # (n,)
+        self.classes = [name for name in classes if name in (wanted or classes)]
+        truth = [[row.get(name, other) for name in self.classes] for row, other in rows]
+        self.truth = np.array(truth, np.float32).reshape(n, len(self.classes))
+        self.truth[self.truth < 0] = np.nan                                    # (n, K) 1, 0, NaN
+
+    @cached_property
+    def images(self):
+        """Image embeddings (n, D)."""
+        return embed_images(self.model, self.manifest, self.opt.batch_size, self.opt.workers,
+                            self.opt.progress)
+
+    def texts(self, texts):
+        """Text embeddings (m, D); a text met before is not encoded again."""
+        if new := [text for text in dict.fromkeys(texts) if text not in self.known]:
+            rows = embed_texts(self.model, new, self.opt.batch_size, self.opt.progress)
+            self.known.update(zip(new, rows, strict=True))
+        return torch.stack([self.known[text] for text in texts])
+
+    def measure(self, columns=None, extra=None, rows=slice(None), *, row, chance, **more):
+        """A result: means of columns {name: (n,)} and the statistic `extra`, with intervals.
+
+        row: {column of the paper's table: metric}; chance: {word of a metric's name: value}.
+        """
+        names, values = list(columns or ()), np.array(list((columns or {}).values()), np.float32)
+
+        def statistic(weights):
+            plain = dict(zip(names, means(values, weights), strict=True)) if names else {}
+            return plain | (extra(weights) if extra else {})
+
+        patients = self.manifest.patients[rows]
+        metrics = bootstrap(statistic, patients, self.opt.resamples, self.opt.seed)
+        for name, metric in metrics.items():
+            words = re.findall(r"[\w@-]+", name)
+            metric["chance"] = next((v for k, v in chance.items() if k in words), None)
+        return {"metrics": metrics, "row": row, "n": len(patients),
+                "patients": len(np.unique(patients)), **more}
+
+
+# ---- tasks: a Bench -> a result
+
+
+def prompts(name):
+    """Positive and negative prompts of a class; the first of each is the single pair."""
+    if name == "No Finding":
+        return list(NORMAL), list(ABNORMAL)
+    phrases, _, absence = PHRASES.get(name, name.lower().replace("_", " ")).partition(" | ")
+    filled = [[form.format(phrase) for phrase in phrases.split("; ") for form in forms]
+              for forms in (POSITIVE, NEGATIVE)]
+    yes, no = ([text[0].upper() + text[1:] for text in side] for side in filled)
+    return yes, no + [absence] * bool(absence)
+
+
+def class_scores(bench, classes, single=False):
+    """cos(image, positive prompts), cos(image, negative prompts) -> two (n, K) arrays."""
+    sides = []
+    for side in (0, 1):
+        texts = [prompts(name)[side][:1 if single else None] for name in classes]
+        # ASSUMPTION: an ensemble is the mean of its normalised embeddings, normalised again.
+        ensembles = F.normalize(torch.stack([bench.texts(part).mean(0) for part in texts]), dim=1)
+        sides.append((bench.images @ ensembles.T).double().numpy())            # (n, K)
+    return sides
+
+
+def zero_shot(bench):
+    """Sec. 5.3, Tab. 2: score = s_positive - s_negative; CheXpert 5x200 as a five-way choice."""
+    truth, classes = bench.truth, bench.classes
+    single = [name for k, name in enumerate(classes) if not {0, 1} <= set(truth[:, k])]
+    bench.notes += [f"{name}: one class only, so AUROC and AP are NaN and macro averages leave "
+                    "it out" for name in single]
+    if len(single) == len(classes):
+        raise ValueError(f"{bench.where}: no class has both positive and negative images; give "
+                         '"targets" of 0 and 1, or label the reports with `python negations.py`')
+    positive, negative = class_scores(bench, classes)
+    scores = positive - negative
+    bench.curves = scores, truth, classes  # for the figure
+    pair = classification(np.subtract(*class_scores(bench, classes, True)), truth, classes)
+    every = classification(scores, truth, classes)
+    columns, row = {}, {"ZS AUC": "macro AUROC"}
+    if set(classes) - {"No Finding"} == set(FIVE):
+        five = np.array([classes.index(name) for name in FIVE])
+        if (np.nansum(truth[:, five], 1) == 1).all():
+            best = five[positive[:, five].argmax(1)]                           # (n,)
+            columns, row = {"5-way accuracy": truth[np.arange(len(best)), best]}, {}
+    if bench.set in ACCURACY_SETS or columns:
+        row = {"ZS ACC": next(iter(columns), "macro accuracy")}
+
+    def statistic(weights):
+        ones = {k: v for k, v in pair(weights).items() if k.startswith("macro")}
+        return every(weights) | {f"{k}, one prompt pair": v for k, v in ones.items()}
+
+    counts = {name: [int((truth[:, k] == v).sum()) for v in (1, 0)] for k, name in enumerate(classes)}
+    return bench.measure(columns, statistic, row=row, positive_negative=counts,
+                         chance={"5-way": 0.2, "AUROC": 0.5, "accuracy": 0.5},
+                         prompts={name: prompts(name) for name in classes})
+
+
+def retrieval(bench):
+    """Sec. 5.7, Tab. 5: image to report among the split's distinct reports, equal ones being one."""
+    rows = np.array([i for i, report in enumerate(bench.reports) if report], int)
+    place = {}
+    own = torch.tensor([place.setdefault(bench.reports[i], len(place)) for i in rows])  # (n,)
+    if len(place) < 2:
+        raise ValueError(f"{bench.where}: retrieval needs at least two different \"report\" texts")
+    ranks, first = retrieve(bench.images[rows], bench.texts(list(place)), own)
+    bench.sheet = rows, first, list(place)  # for the figure
+    source = rows[np.unique(own.numpy(), return_index=True)[1]]  # a study of each text
+    ranks, labelled = ranks.double().numpy(), bench.labels[rows].min() >= 0
+    f1, row = dict, {"@5": "@5"}
+    if labelled:
+        f1 = label_f1(bench.labels[source[first.numpy()]] == 1, bench.labels[rows] == 1)
+        # ASSUMPTION: Tab. 5 does not name its average over labels; the row is micro.
+        row |= {"F1": "micro F1", "Recall": "micro recall", "Precision": "micro precision"}
+    else:
+        bench.notes.append('F1 needs "labels" in every line: run `python negations.py` on it')
+    columns = {f"@{k}": ranks <= k for k in (1, 5, 10)} | {"mean rank": ranks}
+    return bench.measure(columns, lambda weights: {"median rank": median(ranks, weights)}
+                         | (f1(weights) if labelled else {}), rows, row=row, candidates=len(place),
+                         chance={f"@{k}": min(1, k / len(place)) for k in (1, 5, 10)})
+
+
+def cxr_align(bench):
+    """Sec. 5.6, Tab. 6: A, the report r over its negation r^n; B, r over r^r (finding left out)."""
+    triples = [entry for entry in bench.negatives if entry[1] in (bench.opt.conditions or entry)]
+    if not triples:
+        raise ValueError(f"{bench.where}: no \"hard_negatives\"; make them with "
+                         "`python negations.py IN.jsonl --out OUT.jsonl`")
+    rows, names, negated, omitted = zip(*triples, strict=True)
+    rows, names = np.array(rows), np.array(names)
+    images = bench.images[rows]
+    own, *others = ((images * bench.texts(texts)).sum(1).numpy() for texts in
+                    ([bench.reports[i] for i in rows], negated, omitted))      # (n,) each
+    wins = {task: (own - other > TIE).astype(np.float32)
+            for task, other in zip("AB", others, strict=True)}
+    # A report of one sentence leaves an empty r^r: nothing to compare with.
+    wins["B"][[not text.strip() for text in omitted]] = np.nan
+    columns = wins | {f"{task} {name}": np.where(names == name, wins[task], np.nan)
+                      for name in CONDITIONS if name in names for task in wins}
+    return bench.measure(columns, None, rows, row={"A": "A", "B": "B"}, chance={"A": 0.5, "B": 0.5},
+                         n_B=int((~np.isnan(wins["B"])).sum()),
+                         conditions={name: int((names == name).sum()) for name in sorted({*names})})
+
+
+def adversarial(bench):
+    """Sec. 5.4, Tab. 4: a present and an absent class of an image, both decided right."""
+    # ASSUMPTION: without ProbMed's "adversarial" pairs, one pair an image is drawn by the seed.
+    names, pairs = np.array(bench.classes), []
+    findings = names != "No Finding"
+    for i, row in enumerate(bench.truth):
+        present, absent = (names[findings & (row == value)] for value in (1, 0))
+        if i in bench.pairs:
+            pairs += [(i, *pair) for pair in bench.pairs[i]]
+        elif not bench.pairs and len(present) and len(absent):
+            key = bench.opt.seed, zlib.crc32(bench.manifest[i]["id"].encode())  # a subset keeps it
+            draw = np.random.default_rng(key).integers((len(present), len(absent)))
+            pairs.append((i, str(present[draw[0]]), str(absent[draw[1]])))
+    if not pairs:
+        raise ValueError(f"{bench.where}: no image has both a present and an absent class; give "
+                         '"targets" of 0 and 1 for two or more classes')
+    names = sorted({name for _, *pair in pairs for name in pair})
+    scores = np.subtract(*class_scores(bench, names))                          # (n, K)
+    rows, yes, no = (np.array(part) for part in zip(*pairs, strict=True))
+    yes = scores[rows, np.searchsorted(names, yes)] > TIE
+    no = scores[rows, np.searchsorted(names, no)] < -TIE
+    return bench.measure({"both": yes & no, "present": yes, "absent": no}, None, rows,
+                         row={"ACC": "both"}, chance={"both": 0.25, "present": 0.5, "absent": 0.5},
+                         pairs="ProbMed" if bench.pairs else "drawn by the seed",
+                         prompts={name: prompts(name) for name in names})
+
+
+def normal_case(bench):
+    """Sec. 5.5, Tab. 3: a normal image's own report must rank before N abnormal reports."""
+    rows = np.array([i for i in np.flatnonzero(bench.normal == 1) if bench.reports[i]], int)
+    own = [bench.reports[i] for i in rows]
+    pool = sorted({bench.reports[i] for i in np.flatnonzero(bench.normal == 0)} - {*own, ""})
+    if not own or len(pool) < max(1, bench.opt.pool):
+        raise ValueError(
+            f"{bench.where}: normal-case needs a normal report (\"No Finding\": 1) and "
+            f"{max(1, bench.opt.pool)} abnormal ones; there are {len(own)} and {len(pool)}: label "
+            "the reports with `python negations.py`, lower --pool or take --split all")
+    order = np.random.default_rng(bench.opt.seed).permutation(len(pool))[:bench.opt.pool or None]
+    texts, images = bench.texts([pool[i] for i in order]), bench.images[rows]  # (m, D), (n, D)
+    parts = images.split(max(1, CELLS // len(texts)))
+    best = torch.cat([(part @ texts.T).amax(1) for part in parts])             # (n,)
+    right = (images * bench.texts(own)).sum(1) - best > TIE
+    return bench.measure({"accuracy": right.numpy()}, None, rows, row={"NCD ACC": "accuracy"},
+                         chance={"accuracy": 1 / (len(texts) + 1)}, pool=len(texts))
+
+
+def fit(bench, val, rows, x, y, x_val, y_val):
+    """A linear head on embeddings, or with --full on the trained encoder too -> (model, head).
+
+    rows: (n,) training rows; x: (n, D) their embeddings; y: (n, K) truth, NaN left out; val: Bench
+    whose embeddings x_val and truth y_val choose the epoch. AdamW, BCE.
+    """
+    # ASSUMPTION: the head reads embeddings, standardised; AdamW 1e-2, or 5e-5 with the encoder.
+    opt, device, best = bench.opt, _device(bench.model), (float("inf"),)
+    mean, std = x.mean(0).to(device), x.std(0, correction=0).to(device) + 1e-6  # (D,)
+    model, head = copy.deepcopy(bench.model) if opt.full else bench.model, torch.nn.Linear(
+        x.shape[1], y.shape[1], device=device)
+    torch.nn.init.zeros_(head.weight)  # starts at chance, whatever the seed
+    groups = [{"params": list(head.parameters()), "lr": 1e-2}]
+    groups += [{"params": list(model.parameters()), "lr": 5e-5}] if opt.full else []
+    solver = torch.optim.AdamW(groups, weight_decay=1e-4)
+
+    def loss_of(x, y):
+        logits, known = head((x - mean) / std), ~torch.isnan(y)
+        return F.binary_cross_entropy_with_logits(logits[known], y[known])
+
+    for epoch in range(FULL_EPOCHS if opt.full else PROBE_EPOCHS):
+        order = np.random.default_rng((opt.seed, epoch)).permutation(len(rows))
+        batches = (x[order].split(256) if not opt.full else Images(
+            bench.manifest, rows[order], model).batches(opt.batch_size, opt.workers, opt.progress))
+        truth = iter(y[order].split(opt.batch_size if opt.full else 256))
+        for batch in batches:
+            batch = batch.to(device)
+            loss = loss_of(model.encode_image(batch) if opt.full else batch, next(truth).to(device))
+            solver.zero_grad()
+            loss.backward()
+            solver.step()
+        if opt.full:
+            x_val = embed_images(model, val.manifest, opt.batch_size, opt.workers)
+        with torch.no_grad():
+            loss = float(loss_of(x_val.to(device), y_val.to(device)))
+        if loss < best[0]:
+            best = loss, copy.deepcopy(model) if opt.full else model, copy.deepcopy(head)
+    return best[1], lambda x: best[2]((x.to(device) - mean) / std).detach().cpu().double().numpy()
+
+
+def fine_tune(bench):
+    """Sec. 5.3, Tab. 2, FT10 and FT100: train rows train, val rows choose, test rows are scored."""
+    if bench.opt.full and dist.is_initialized():
+        raise ValueError("--full runs in one process: start it without torchrun")
+    path, root = bench.manifest.path, bench.manifest.image_root
+    train, val, test = (bench if bench.manifest.split == name else Bench(
+        bench.model, Manifest(path, name, root), **bench.options) for name in SPLITS)
+    others = np.concatenate([train.manifest.patients, val.manifest.patients])
+    if shared := int(np.isin(test.manifest.patients, others).sum()):
+        bench.notes.append(f"{shared} test studies are of patients of the train or val rows")
+    patients = np.random.default_rng(bench.opt.seed).permutation(np.unique(train.manifest.patients))
+    statistics, row, sizes = [], {}, {}
+    for fraction in bench.opt.fraction:  # nested: 10 % of the patients are among the 100 %
+        chosen = patients[:max(1, round(fraction * len(patients)))]
+        rows = np.flatnonzero(np.isin(train.manifest.patients, chosen))
+        classes = [k for k, name in enumerate(train.classes) if name in test.classes
+                   and name in val.classes and {0, 1} <= set(train.truth[rows, k])]
+        if not classes:
+            raise ValueError(f"{path}: no class has positives and negatives among {len(rows)} "
+                             "training rows; raise --fraction or give the train rows \"targets\"")
+        names = [train.classes[k] for k in classes]
+        y, y_val, y_test = (part.truth[:, [part.classes.index(name) for name in names]]
+                            for part in (train, val, test))
+        model, head = fit(train, val, rows, train.images[rows], torch.from_numpy(y[rows]),
+                          val.images, torch.from_numpy(y_val))
+        images = embed_images(model, test.manifest, bench.opt.batch_size, bench.opt.workers
+                              ) if bench.opt.full else test.images
+        label = f"FT{100 * fraction:g}" + " full" * bench.opt.full
+        sizes[label] = {"studies": len(rows), "patients": len(chosen), "classes": names}
+        statistics.append((label, classification(head(images), y_test, names)))
+        row[f"{label} ACC" if bench.set in ACCURACY_SETS else f"{label} AUC"] = (
+            f"{label} macro " + ("accuracy" if bench.set in ACCURACY_SETS else "AUROC"))
+    return test.measure(None, lambda weights: {f"{label} {name}": value for label, part in statistics
+                                               for name, value in part(weights).items()},
+                        row=row, train=sizes, chance={"AUROC": 0.5, "accuracy": 0.5})
+
+
+TASKS = {"zero-shot": zero_shot, "fine-tune": fine_tune, "retrieval": retrieval,
+         "cxr-align": cxr_align, "adversarial": adversarial, "normal-case": normal_case}
+
+
+def validate(model, manifest, batch_size=64, workers=0):
+    """For training: macro zero-shot "auroc" and "retrieval@5", NaN where they cannot be told."""
+    bench = Bench(model, manifest, batch_size=batch_size, workers=workers, resamples=0)
+    result = {}
+    for name, task, metric in (("auroc", zero_shot, "macro AUROC"), ("retrieval@5", retrieval, "@5")):
+        try:
+            result[name] = task(bench)["metrics"][metric]["value"]
+        except ValueError:
+            result[name] = float("nan")
+    return result
+
+
+# ---- results
+
+
+def table(results):
+    """The paper's tables in Markdown: a row for each model, the best value of a column in bold.
+
+    results: contents of result files. A column names set and n, so that only like meets like.
+    """
+    tables, names = {}, {result["run"]: result["model"] for result in results}
+    for result in results:
+        for task, entry in result["tasks"].items():
+            for column, metric in entry["row"].items():
+                head = f"{result['set']} {column} (n={entry['n']})"
+                cells = tables.setdefault(TABLE[task], {}).setdefault(head, {})
+                cells[result["run"]] = entry["metrics"][metric]["value"]
+    lines = []
+    for title, columns in sorted(tables.items()):
+        lines += ["", f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        for run in (run for run in names if any(run in cells for cells in columns.values())):
+            texts = []
+            for cells in columns.values():
+                known = [value for value in cells.values() if value is not None and value == value]
+                text = f"{100 * cells[run]:.1f}" if cells.get(run) in known else "-"
+                best = len(known) > 1 and cells.get(run) == max(known)
+                texts.append(f"**{text}**" if best else text)
+            lines.append(f"| {names[run]} | {' | '.join(texts)} |")
+    return "\n".join(lines[1:])
+
+
+def details(result):
+    """Every metric in percent (ranks aside) with its 95 % interval and chance."""
+    lines = []
+    for task, entry in result["tasks"].items():
+        more = "".join(f", {key} {entry[key]}" for key in ("candidates", "pool", "pairs") if key in entry)
+        lines.append(f"{task}: {entry['n']} items of {entry['patients']} patients{more}")
+        for name, metric in entry["metrics"].items():
+            scale = 1 if "rank" in name else 100
+            value, low, high = (scale * x for x in (metric["value"], *metric["interval"]))
+            chance = "" if metric["chance"] is None else f"  chance {100 * metric['chance']:.3g}"
+            lines.append(f"  {name:<42}{value:8.1f}  [{low:.1f}, {high:.1f}]{chance}")
+    return "\n".join(lines)
+
+
+def provenance(seed, resamples, words):
+    """What a number needs to be repeated: command, seed, versions, the code's git revision."""
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
+                             capture_output=True, check=False).stdout.strip()
+    except OSError:  # no git on this machine
+        git = ""
+    versions = {module.__name__: module.__version__
+                for module in (np, PIL, torch, torchvision, transformers)}
+    return {"command": shlex.join(["python", "evaluate.py", *words]), "seed": seed,
+            "resamples": resamples, "git": git or None,
+            "versions": {"python": sys.version.split()[0], **versions}}
+
+
+# ---- pictures: Pillow draws them
+
+
+def _canvas(width, height, title):
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+
+    def write(x, y, text, anchor="lm", size=15, fill="black"):
+        draw.text((x, y), str(text), fill, ImageFont.load_default(size), anchor)
+
+    write(width // 2, 22, title, "mm", 18)
+    return image, draw, write
+
+
+def draw_roc(scores, truth, classes):
+    """ROC curves of (n, K) scores; classes with both labels."""
+    image, draw, write = _canvas(860, 560, "Zero-shot ROC")
+    for k in range(6):
+        x, y = 70 + 88 * k, 490 - 88 * k
+        draw.line((x, 50, x, 490), "#dddddd")
+        draw.line((70, y, 510, y), "#dddddd")
+        write(x, 505, f"{k / 5:.1f}", "mm")
+        write(62, y, f"{k / 5:.1f}", "rm")
+    draw.line((70, 490, 510, 50), "#999999")
+    write(290, 535, "1 - specificity", "mm")
+    write(70, 38, "sensitivity")
+    shown = [k for k in range(len(classes)) if {0, 1} <= set(truth[:, k])]
+    for place, k in enumerate(sorted(shown, key=lambda k: -auroc(scores[:, k], truth[:, k]))):
+        color = f"hsl({360 * place // len(shown)}, 80%, {35 + 15 * (place % 2)}%)"
+        known = ~np.isnan(truth[:, k])
+        s, t = scores[known, k], truth[known, k]
+        cuts = np.concatenate([[np.inf], np.unique(s)[::-1]])  # tied scores share one point
+        tpr, fpr = ([(s[t == v] >= cut).mean() for cut in cuts] for v in (1, 0))
+        draw.line([(70 + 440 * a, 490 - 440 * b) for a, b in zip(fpr, tpr, strict=True)], color, 2)
+        draw.rectangle((530, 62 + 24 * place, 550, 70 + 24 * place), color)
+        write(558, 66 + 24 * place, f"{classes[k]}  {auroc(s, t):.3f} (n+ {int(t.sum())})")
+    return image
+
+
+def draw_align(metrics):
+    """CXR-Align accuracy A and B, overall and by condition, with 95 % intervals and chance."""
+    names = ["", *(name[2:] for name in metrics if name.startswith("A "))]
+    image, draw, write = _canvas(860, 110 + 46 * len(names), "CXR-Align accuracy, percent")
+    bottom = 60 + 46 * len(names)
+    for k in range(0, 101, 25):
+        draw.line((260 + 5 * k, 50, 260 + 5 * k, bottom), "black" if k == 50 else "#dddddd")
+        write(260 + 5 * k, bottom + 14, k, "mm")
+    write(510, bottom + 34, "blue: A, r over r^n; orange: B, r over r^r; line at 50: chance", "mm")
+    for place, name in enumerate(names):
+        write(250, 74 + 46 * place, name or "all", "rm")
+        for task, color, y in (("A", "#3b6fb6", 58), ("B", "#e08a2e", 75)):
+            metric = metrics[f"{task} {name}".strip()]
+            value, low, high = (260 + 500 * x for x in (metric["value"], *metric["interval"]))
+            if value == value:
+                y += 46 * place
+                draw.rectangle((260, y, value, y + 15), color)
+                draw.line((low, y + 7, high, y + 7), "black", 2)
+                write(high + 8, y + 8, f"{100 * metric['value']:.1f}", size=13)
+    return image
+
+
+def draw_soft_labels(bench, thresholds, count=12):
+    """y_t, y_c and y_g (Sec. 4.2, 4.3) of a batch: reports first, then their hard negatives."""
+    picked = [i for i, *_ in bench.negatives[:count]] or list(range(min(count, len(bench.reports))))
+    records = [bench.manifest[i] for i in picked]
+    sides = records + [r["hard_negatives"][0] for r in records if r.get("hard_negatives")]
+    streams = {"text": bench.texts([side.get("report") or "" for side in sides]),
+               "clinical": torch.from_numpy(
+                   np.stack([label_vector(side.get("labels") or {}) for side in sides]))}
+    if hasattr(bench.model, "gcn") and all("graph" in side for side in sides):
+        with torch.inference_mode():
+            streams["graph"] = bench.model.encode_graph([side["graph"] for side in sides]).cpu()
+    image, draw, write = _canvas(60 + 400 * len(streams), 500, f"Soft labels of {len(picked)} "
+                                 "studies; from the lines on: their hard negatives")
+    for place, (name, x) in enumerate(streams.items()):
+        y = soft_labels(F.normalize(x, dim=1) @ F.normalize(x, dim=1).T, thresholds[name])
+        shade = Image.fromarray((255 * (1 - y.sqrt())).to(torch.uint8).numpy())
+        left, half = 40 + 400 * place, 70 + 360 * len(picked) // len(sides)
+        image.paste(shade.resize((360, 360), Image.Resampling.NEAREST), (left, 70))
+        draw.rectangle((left, 70, left + 360, 430), outline="black")
+        draw.line((left, half, left + 360, half), "red")
+        draw.line((left + half - 70, 70, left + half - 70, 430), "red")
+        positives = float(torch.special.entr(y).sum(1).exp().mean())
+        write(left, 55, f"y_{name[0]}: {name}, tau {thresholds[name]:g}")
+        write(left, 448, f"{positives:.1f} effective positives a row")
+    write(40, 478, "white 0, black 1 (square root of y, so that small shares show)", size=13)
+    return image
+
+
+def draw_sheet(bench, count=4):
+    """Images with their report and the five reports ranked first. Shows report text."""
+    rows, _, texts = bench.sheet
+    image, _, write = _canvas(1100, 50 + 280 * count, "Retrieval: own report, then the top five")
+    embedded = bench.texts(texts)
+    for place, row in enumerate(np.random.default_rng(bench.opt.seed).permutation(rows)[:count]):
+        top = 50 + 280 * place
+        path = bench.manifest.image_path(bench.manifest[row])
+        image.paste(read_image(path).resize((250, 250)), (15, top))
+        best = (embedded @ bench.images[row]).topk(min(5, len(texts))).indices
+        for k, text in enumerate([bench.reports[row], *(texts[i] for i in best)]):
+            own = text == bench.reports[row]
+            for part, line in enumerate(textwrap.wrap(f"{k or 'own'}: {text}", 125, max_lines=2)):
+                write(285, top + 12 + 42 * k + 19 * part, line, size=13, fill="green" if own else "black")
+    return image
+
+
+def save_figures(bench, result, folder, show_reports):
+    """Write what the tasks left behind as PNG files."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = Path(result["run"]) / "config.json"
+    config = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    known = DynamicSoftContrastiveLoss().thresholds
+    pictures = {"soft-labels": draw_soft_labels(
+        bench, {name: config.get(f"tau_{name}", tau) for name, tau in known.items()})}
+    if "zero-shot" in result["tasks"]:
+        pictures["roc"] = draw_roc(*bench.curves)
+    if "cxr-align" in result["tasks"]:
+        pictures["cxr-align"] = draw_align(result["tasks"]["cxr-align"]["metrics"])
+    if show_reports and "retrieval" in result["tasks"]:
+        pictures["retrieval"] = draw_sheet(bench)
+    for name, picture in pictures.items():
+        picture.save(folder / f"{name}.png")
+
+
+# ---- the command line
+
+
+def load_any(path, device):
+    """A model from what load_model takes, or from a Python file that defines load().
+
+    What load() returns needs encode_image(pixels (B, ...)) and encode_text(list of str) -> (B, D)
+    and transform(grey PIL image) -> tensor.
+    """
+    if not path.endswith(".py"):
+        return load_model(path, device)
+    spec = importlib.util.spec_from_file_location("evaluated_model", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = module.load() if hasattr(module, "load") else None
+    for name in ("encode_image", "encode_text", "transform"):
+        if not hasattr(model, name):
+            raise ValueError(f"{path}: expected load() to return an object with {name}")
+    return model
+
+
+def parse(words):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("run", nargs="?", help="run folder, checkpoint, Hugging Face CLIP folder, "
+                        "or Python file with load()")
+    flag = parser.add_argument_group("data").add_argument
+    flag("--data", metavar="X.jsonl", help="manifest: with labels or targets; for cxr-align with "
+         "hard negatives")
+    flag("--split", default="test", choices=(*SPLITS, "all"), help="rows to score; the paper "
+         "scores test; fine-tune always takes all three")
+    flag("--image-root", metavar="DIR", help="where the images are, if not where X.jsonl says")
+    flag("--conditions", nargs="+", metavar="NAME", help="only these classes")
+    flag = parser.add_argument_group("task").add_argument
+    flag("--task", default="all", choices=(*TASKS, "all"), help="all does whatever X.jsonl allows "
+         "and says why it skips the rest")
+    flag("--pool", type=int, default=0, help="normal-case: this many abnormal reports, 0 for all; "
+         "the paper's is 2999")
+    flag("--fraction", type=float, nargs="+", default=OPTIONS["fraction"], help="fine-tune: shares "
+         "of the training patients; the paper's are 0.1 and 1")
+    flag("--full", action="store_true", help="fine-tune: the image encoder too, not just a linear "
+         "probe; wants a GPU")
+    flag = parser.add_argument_group("run").add_argument
+    flag("--compare", nargs="+", metavar="JSON", help="print the paper's tables of result files")
+    flag("--out", metavar="JSON", help="result file; if not given, results-TASK-SET-SPLIT.json in "
+         "RUN, where that is a run folder")
+    flag("--figures", metavar="DIR", help="draw ROC curves, CXR-Align bars and soft labels there")
+    flag("--show-reports", action="store_true", help="with --figures, a retrieval sheet: it shows "
+         "images and report text")
+    flag("--batch-size", type=int, default=64, help="items encoded at once; lower it if memory ends")
+    flag("--workers", type=int, default=2, help="processes that read images; free cores at most")
+    flag("--seed", type=int, default=0, help="of resamples, pools, pairs and fractions")
+    flag("--resamples", type=int, default=1000, help="bootstrap resamples for the intervals")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    args = parser.parse_args(words)
+    if not args.compare and not (args.run and args.data):
+        parser.error("expected RUN and --data X.jsonl, or --compare A.json B.json ...")
+    if not all(0 < fraction <= 1 for fraction in args.fraction):
+        parser.error("--fraction: expected shares above 0, up to 1")
+    return args
+
+
+def load_results(path):
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {key: result[key] for key in ("run", "model", "set", "tasks")}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: expected a result file of evaluate.py") from None
+
+
+def main(argv=None):
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = parse(words)
+    if args.compare:
+        return print(table([load_results(path) for path in args.compare]))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        cuda = args.device.startswith("cuda")
+        if cuda:
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("nccl" if cuda else "gloo")
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    manifest = Manifest(args.data, args.split, args.image_root)
+    model = load_any(args.run, args.device)
+    args.progress = first
+    bench = Bench(model, manifest, **{name: getattr(args, name) for name in OPTIONS})
+    result = {"model": Path(args.run).resolve().name, "run": args.run, "set": bench.set,
+              "split": args.split, **provenance(args.seed, args.resamples, words),
+              "tasks": {}, "skipped": {}}
+    for task in TASKS if args.task == "all" else [args.task]:
+        try:
+            result["tasks"][task] = TASKS[task](bench)
+        except ValueError as error:
+            if args.task != "all":
+                raise
+            result["skipped"][task] = str(error)
+    result["notes"] = bench.notes
+    if first:
+        finish(bench, result, args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def finish(bench, result, args):
+    """Print, draw and write: rank 0 alone."""
+    print(details(result))
+    for note in bench.notes + [f"skipped {task}: {why}" for task, why in result["skipped"].items()]:
+        print(f"note: {note}", file=sys.stderr)
+    print("\n" + table([result]))
+    if args.figures:
+        save_figures(bench, result, args.figures, args.show_reports)
+    run, out = Path(args.run), args.out
+    if not out and any((run / name).is_file() for name in ("best.pt", "last.pt")):
+        out = run / f"results-{args.task}-{bench.set}-{args.split}.json"
+    if out:
+        with open_atomic(out) as file:  # JSON has no NaN: null
+            json.dump(json.loads(json.dumps(result), parse_constant=lambda _: None), file, indent=1)
+        print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    run_main(main)

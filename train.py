@@ -1,0 +1,554 @@
+"""Train the systems of Tab. 2 (Sec. 5.2, 5.5): `torchrun train.py`, native DistributedDataParallel.
+
+    torchrun train.py                                           the whole method on the phantom
+    torchrun --nproc-per-node 8 train.py --train mimic.jsonl \\
+        --image-encoder swin_t.pth --text-encoder emilyalsentzer/Bio_ClinicalBERT --image-size 224
+
+A run folder holds config.json, log.jsonl (one JSON object a line), last.pt, previous.pt, best.pt
+and the tokenizer. All that happens in a step is a function of (seed, step): data order,
+augmentation, drawn hard negatives, dropout. So a checkpoint needs no random states, and
+`--resume latest` continues bit by bit on the CPU.
+
+SPDX-License-Identifier: MIT
+"""
+
+import argparse
+import contextlib
+import datetime
+import fcntl
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import GlobalBatches, Manifest, Studies, make_phantom
+from evaluate import validate
+from loss import DynamicSoftContrastiveLoss, SoftCLIPLoss
+from model import ClinicalCLIP, export_model, load_checkpoint, load_model
+from negations import annotate, open_atomic, read_jsonl, run_main
+
+# A row of Tab. 2: hard negatives (N), graph stream (G), streams of soft labels (D; none: one-hot).
+SYSTEMS = {
+    "clip": (False, False, ""), "clip-dt": (False, False, "t"), "clip-dtc": (False, False, "tc"),
+    "clip-n": (True, False, ""), "clip-n-dtc": (True, False, "tc"),
+    "clip-g": (False, True, ""), "clip-g-dtcg": (False, True, "tcg"),
+    "clip-ng-dtcg": (True, True, "tcg"), "softclip": (False, False, "softclip"),
+}
+PHANTOM_STUDIES = 2000
+COLLAPSE = 0.8    # warn when a row of soft labels spreads over this share of its columns
+MAX_SKIPPED = 10  # non-finite steps in a row that stop a run
+MAX_BAD = 0.05    # share of unreadable images that stops a run
+TIMEOUT = datetime.timedelta(minutes=10)  # of an exchange between ranks: a lost rank ends the run
+FREE_ON_RESUME = {"out", "resume", "train", "val", "image_root", "workers", "max_steps",
+                  "checkpoint_every", "export", "row_chunk"}  # other flags change the result
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument_group("data").add_argument
+    add("--train", metavar="X.jsonl", help="manifest with labels and, for N and G systems, hard "
+        "negatives and graphs (negations.py); none: the phantom is drawn into runs/phantom")
+    add("--val", metavar="Y.jsonl", help="manifest whose val rows validate; none: those of --train")
+    add("--image-root", metavar="DIR", help="overrides the manifest's image folder")
+    add("--uncertain", choices=("positive", "negative"), default="positive",
+        help="what an uncertain label counts as in C")
+    add("--workers", type=int, default=0, help="reading processes per rank; about the number of "
+        "cores per GPU")
+    add = parser.add_argument_group("model").add_argument
+    add("--system", choices=SYSTEMS, default="clip-ng-dtcg", help="row of Tab. 2")
+    add("--image-encoder", default="tiny", metavar="tiny|swin-t|PATH",
+        help="swin-t is the paper's with random weights, PATH a file of torchvision's Swin-T")
+    add("--text-encoder", default="tiny", metavar="tiny|PATH|ID",
+        help="BERT-family folder or hub id; the paper's is emilyalsentzer/Bio_ClinicalBERT")
+    add("--image-size", type=int, default=64, help="pixels; the paper's is 224")
+    add("--width", type=int, default=512, help="width D of the joint embedding")
+    add = parser.add_argument_group("loss (Eq. 4-10; the paper publishes no values)").add_argument
+    for letter, stream in zip("TCG", ("text", "clinical", "graph"), strict=True):
+        add(f"--w-{stream}", type=float, default=1.0, help=f"weight w_{letter} of Eq. 10")
+    for stream, tau in (("text", 0.98), ("clinical", 0.9), ("graph", 0.98)):
+        add(f"--tau-{stream}", type=float, default=tau, help="threshold; lower shares labels among "
+            "more studies, and collapses where all similarities are high")
+    add("--row-chunk", type=int, help="evaluate the loss that many rows at a time, to save memory")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int, default=15, help="passes over the training rows")
+    add("--max-steps", type=int, help="stop early; the learning rate still follows --epochs")
+    add("--batch-size", type=int, default=128, help="global batch N, over all ranks")
+    add("--accumulate", type=int, default=1, help="micro-batches per step and rank: memory of one, "
+        "negatives and gradients of all")
+    add("--lr", type=float, help="peak learning rate; none: 5e-5, or 1e-3 with two tiny encoders")
+    add("--weight-decay", type=float, default=1e-4, help="not on norms, biases and temperature")
+    add("--warmup-epochs", type=float, default=1.0, help="linear warm-up before the cosine")
+    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 autocasts the encoders")
+    add("--seed", type=int, default=0, help="weights, data order, augmentation, dropout")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", metavar="runs/NAME", help="run folder; none: a fresh one below runs/")
+    add("--resume", metavar="PATH|latest", help="a checkpoint, or the newest intact one of --out")
+    add("--checkpoint-every", type=int, default=500, metavar="STEPS", help="steps between saves")
+    add("--export", metavar="DIR", help="at the end write safetensors, config and tokenizer there")
+    args = parser.parse_args(argv)
+    for name, least in (("epochs", 1), ("batch_size", 2), ("accumulate", 1), ("image_size", 32),
+                        ("checkpoint_every", 1), ("workers", 0), ("width", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')}: expected at least {least}, "
+                         f"got {getattr(args, name)}")
+    if args.resume == "latest" and not args.out:
+        parser.error("--resume latest: expected --out, the run folder to continue")
+    if args.lr is None:
+        args.lr = 1e-3 if args.image_encoder == args.text_encoder == "tiny" else 5e-5
+    return args
+
+
+# ---------------------------------------------------------------- ranks, seeds, signals
+
+
+def start_ranks():
+    """Join the process group torchrun describes. Returns rank, world and this rank's device."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
+    return rank, world, torch.device(device)
+
+
+def agree(value, world):
+    """Rank 0's value on every rank; a ValueError of rank 0 is raised everywhere."""
+    box = [value]
+    if world > 1:
+        dist.broadcast_object_list(box)
+    if isinstance(box[0], ValueError):
+        raise box[0]
+    return box[0]
+
+
+def on_rank_0(function, rank, world):
+    """Run `function` on rank 0 alone and give its result, or its ValueError, to every rank."""
+    value = None
+    if rank == 0:
+        try:
+            value = function()
+        except (ValueError, OSError) as error:
+            value = ValueError(str(error))
+    return agree(value, world)
+
+
+def seed_step(seed, step, rank, micro):
+    """Dropout and stochastic depth become a function of (seed, step, rank, micro-batch)."""
+    state = np.random.SeedSequence([seed, step, rank, micro]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0] >> 1))
+
+
+def ignore_signals(_worker):
+    """Reading processes outlive a signal to their group, so that the last save can be made."""
+    for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
+
+
+# ---------------------------------------------------------------- the run folder
+
+
+def open_folder(args):
+    """The run folder, made anew or opened to resume, and locked for this process."""
+    if args.out is None:
+        number = 1
+        while (folder := Path("runs") / f"run-{number:03}").exists():
+            number += 1
+    else:
+        folder = Path(args.out)
+        if folder.exists() and not args.resume and any(folder.iterdir()):
+            raise ValueError(f"{folder}: exists; continue it with --resume latest or choose "
+                             "another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until this process ends
+    except BlockingIOError:
+        raise ValueError(f"{folder}: in use by another process") from None
+    return folder
+
+
+def find_checkpoint(args, folder):
+    """The checkpoint to resume from: PATH itself, or of the run's two the newest that is intact."""
+    if args.resume != "latest":
+        return load_checkpoint(Path(args.resume)) if args.resume else None
+    damaged = []
+    for path in (folder / "last.pt", folder / "previous.pt"):
+        try:
+            if path.exists():
+                saved = load_checkpoint(path)
+                for line in damaged:
+                    print(f"warning: {line}; using {path.name}", file=sys.stderr)
+                return saved
+        except ValueError as error:
+            damaged.append(str(error))
+    if damaged:
+        raise ValueError(f"{'; '.join(damaged)}; remove the folder to start afresh")
+    return None
+
+
+def describe(args, world):
+    """config.json: the flags, the versions and where the code stood."""
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+    versions = {name: importlib.metadata.version(name)
+                for name in ("torch", "torchvision", "transformers", "numpy", "pillow")}
+    return {"flags": vars(args), "world": world, "revision": git.stdout.strip() or None,
+            "versions": {"python": platform.python_version(), **versions}}
+
+
+def memory_mb(device):
+    """Peak memory of this process, on the GPU where there is one."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+
+
+class Run:
+    """What a run carries from step to step, and its record in the run folder, kept by rank 0."""
+
+    def __init__(self, args, folder, rank, world, device, clip, optimizer):
+        self.args, self.folder, self.device = args, folder, device
+        self.rank, self.world = rank, world
+        self.clip, self.optimizer = clip, optimizer
+        self.state = {"step": 0, "validated": 0, "skipped": 0, "skipped_in_a_row": 0,
+                      "unreadable": 0, "best": {}}  # step counts finished steps
+
+    def resume(self, saved):
+        """Go on from a checkpoint; refuse flags that would make it another run."""
+        changed = [f"--{name.replace('_', '-')} was {saved['flags'].get(name)!r}, is now {value!r}"
+                   for name, value in vars(self.args).items()
+                   if name not in FREE_ON_RESUME and saved["flags"].get(name) != value]
+        if changed:
+            raise ValueError(f"cannot resume with other flags: {'; '.join(changed)}")
+        self.clip.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.state = saved["state"]
+        if saved["world"] != self.world:
+            self.say(f"warning: the run had {saved['world']} ranks and has {self.world} now; it "
+                     "goes on, but not bit by bit")
+
+    def say(self, line):
+        if self.rank == 0:
+            tqdm.write(line, file=sys.stderr)
+
+    def log(self, record):
+        if self.rank == 0:
+            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def start_log(self, total, rows, val_rows):
+        """Write config.json and the tokenizer; drop log records the checkpoint does not know."""
+        if self.rank:
+            return
+        self.clip.save_tokenizer(self.folder / "tokenizer")
+        with open_atomic(self.folder / "config.json") as file:
+            json.dump(describe(self.args, self.world), file, indent=1)
+        step, log = self.state["step"], self.folder / "log.jsonl"
+        if log.exists():
+            lines = [line for line in log.read_text(encoding="utf-8").splitlines()
+                     if line.endswith("}") and json.loads(line).get("step", 0) <= step]
+            with open_atomic(log) as file:
+                file.writelines(line + "\n" for line in lines)
+        self.log({"argv": sys.argv, "from_step": step, "time": time.strftime("%Y-%m-%d %H:%M:%S")})
+        size = sum(p.numel() for p in self.clip.parameters() if p.requires_grad)
+        self.say(f"run folder    {self.folder}\n"
+                 f"system        {self.args.system} (Tab. 2), {size:,} trained weights\n"
+                 f"data          {rows:,} training and {val_rows:,} validation studies\n"
+                 f"steps         {step} to {total:,}, {self.args.batch_size} studies each, "
+                 f"{self.world} rank(s) on {self.device.type}")
+
+    def save(self, name="last.pt"):
+        """Write a checkpoint; the last one becomes previous.pt, and a full disk costs only this."""
+        if self.rank:
+            return
+        path, spare = self.folder / name, self.folder / "previous.tmp"
+        flags = {k: v for k, v in vars(self.args).items() if k not in FREE_ON_RESUME}
+        try:
+            if name == "last.pt" and path.exists():
+                spare.unlink(missing_ok=True)
+                os.link(path, spare)
+                os.replace(spare, self.folder / "previous.pt")
+            with open_atomic(path, "wb") as file:
+                torch.save({"model": self.clip.state_dict(), "model_config": self.clip.config,
+                            "optimizer": self.optimizer.state_dict(), "state": self.state,
+                            "flags": flags, "world": self.world}, file)
+        except OSError as error:
+            self.say(f"warning: {path} was not written ({error.strerror}); the one before stands")
+
+    def validate(self, val_rows):
+        """Zero-shot AUROC and retrieval on the val rows; best.pt keeps the best, never the loss."""
+        step = self.state["step"]
+        self.save()  # a signal during validation loses nothing
+        self.state["validated"] = step
+        if len(val_rows):
+            result = validate(self.clip, val_rows, self.args.batch_size, self.args.workers)
+            self.clip.train()
+            result = {k: None if math.isnan(v) else round(v, 6) for k, v in result.items()}
+            self.log({"step": step, "val": result})
+            self.say(f"step {step:>6}   val   " + "   ".join(
+                f"{k} {'n/a' if v is None else format(v, '.3f')}" for k, v in result.items()))
+            by = "retrieval@5" if result["auroc"] is None else "auroc"
+            if not self.state["best"] or result[by] > self.state["best"][by]:
+                self.state["best"] = {"step": step, **result}
+                self.save("best.pt")
+        self.save()
+
+    def warn_of_collapse(self, values, columns, warned):
+        """Once an epoch, when soft labels turn uniform: the KL then falls with nothing learned."""
+        for name, value in values.items():
+            if name.startswith("positives_") and value > COLLAPSE * columns and name not in warned:
+                warned.add(name)
+                self.say(f"warning: {name} is {value:.0f} of {columns}: the soft labels have "
+                         f"nearly collapsed; raise --tau-{name.removeprefix('positives_')}")
+
+    def report_unreadable(self, epoch, unreadable):
+        """At the end of an epoch: which training rows were replaced, on all ranks, by index."""
+        parts = [sorted(unreadable)] * self.world
+        if self.world > 1:
+            dist.all_gather_object(parts, sorted(unreadable))
+        rows = sorted({row for part in parts for row in part})
+        self.state["unreadable"] += len(rows)
+        if rows:
+            self.say(f"warning: epoch {epoch}: {len(rows)} unreadable images were replaced; "
+                     f"training rows {rows[:20]}{' ...' if len(rows) > 20 else ''}")
+
+    def stop_for_bad_numbers(self, values, batches):
+        terms = [name for name, value in values.items() if not math.isfinite(value)]
+        rows = torch.cat([b["index"] for b in batches]).tolist()
+        raise ValueError(f"step {self.state['step']}: {MAX_SKIPPED} steps in a row without finite "
+                         f"numbers, the last in {', '.join(terms)}; rank {self.rank}'s training "
+                         f"rows there: {rows}")
+
+# ---------------------------------------------------------------- data
+
+
+def phantom():
+    """The embedded data set: drawn once into runs/phantom, then annotated like any report."""
+    raw = make_phantom(Path("runs/phantom"), studies=PHANTOM_STUDIES)
+    path = raw.with_name("phantom_neg.jsonl")
+    if not path.exists() or path.stat().st_mtime < raw.stat().st_mtime:
+        with open_atomic(path) as file:
+            for _, record in tqdm(read_jsonl(raw), total=PHANTOM_STUDIES, desc="phantom reports"):
+                file.write(json.dumps(annotate(record), ensure_ascii=False) + "\n")
+    return str(path)
+
+
+def epoch_batches(studies, args, epoch, start, rank, world):
+    """This rank's micro-batches from step `start` of an epoch on, --accumulate of them per step."""
+    rows = GlobalBatches(len(studies), args.batch_size, args.seed, epoch, rank, world, start)
+    micro = [part.tolist() for keys in rows for part in np.array_split(keys, args.accumulate)]
+    return iter(DataLoader(studies, batch_sampler=micro, num_workers=args.workers,
+                           collate_fn=studies.collate, worker_init_fn=ignore_signals,
+                           pin_memory=torch.cuda.is_available()))
+
+
+def to_device(x, device):
+    if isinstance(x, dict):
+        return {k: to_device(v, device) for k, v in x.items()}
+    return x.to(device, non_blocking=True) if torch.is_tensor(x) else x
+
+
+# ---------------------------------------------------------------- one step
+
+
+def build_loss(args):
+    _, _, streams = SYSTEMS[args.system]
+    if streams == "softclip":
+        return SoftCLIPLoss(row_chunk=args.row_chunk)
+    w = {name: getattr(args, f"w_{name}") if name[0] in streams else 0.0
+         for name in ("text", "clinical", "graph")}
+    return DynamicSoftContrastiveLoss(w["text"], w["clinical"], w["graph"], args.tau_text,
+                                      args.tau_clinical, args.tau_graph, soft=bool(streams),
+                                      row_chunk=args.row_chunk)
+
+
+def forward_backward(model, criterion, batches, autocast, seed):
+    """Gradients of the loss of all micro-batches together. Returns the loss's dict.
+
+    One micro-batch: the plain way. Several: embed all without gradients, take the loss's gradient
+    with respect to the embeddings, then replay each micro-batch with the same random state and send
+    its share of that gradient through (gradient caching). Each negative of the batch is kept.
+    """
+    def embed(micro):
+        seed(micro)
+        with autocast:
+            return model(batches[micro])
+
+    def evaluate(out):
+        labels = {k: torch.cat([b[k] for b in batches]) for k in ("labels", "hard_labels")
+                  if k in batches[0]}
+        return criterion(**out, **labels)
+
+    if len(batches) == 1:
+        out = evaluate(embed(0))
+        out["loss"].backward()
+        return out
+    with torch.no_grad():
+        parts = [embed(micro) for micro in range(len(batches))]
+    whole = {k: torch.cat([p[k] for p in parts]).requires_grad_() for k in parts[0]
+             if k != "logit_scale"}
+    whole["logit_scale"] = parts[0]["logit_scale"].requires_grad_()
+    out = evaluate(whole)
+    out["loss"].backward()
+    grads = {k: v.grad.split([len(p["image"]) for p in parts]) if v.dim() else v.grad
+             for k, v in whole.items()}
+    for micro in range(len(batches)):
+        last = micro == len(batches) - 1
+        sync = last or not isinstance(model, DistributedDataParallel)
+        with contextlib.nullcontext() if sync else model.no_sync():
+            again = embed(micro)
+            share = sum((v * grads[k][micro]).sum() for k, v in again.items() if v.dim())
+            (share + again["logit_scale"] * grads["logit_scale"] * last).backward()
+    return out
+
+
+def learning_rate(step, args, steps_per_epoch):
+    """Linear warm-up, then half a cosine to zero at the end of --epochs: a function of the step."""
+    warmup, total = args.warmup_epochs * steps_per_epoch, args.epochs * steps_per_epoch
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def parameter_groups(model, weight_decay):
+    """Weight decay on matrices alone: none on biases, norms, temperature and the empty node."""
+    groups = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[parameter.dim() > 1 and "bias" not in name].append(parameter)
+    return [{"params": groups[True], "weight_decay": weight_decay},
+            {"params": groups[False], "weight_decay": 0.0}]
+
+
+def train(run, model, criterion, studies, val_rows, steps_per_epoch, total):
+    """Steps and validations up to `total`. Returns early, saved, if a signal asks any rank to."""
+    args, state, device = run.args, run.state, run.device
+    signals = []
+    for name in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, lambda number, _frame: signals.append(number))
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    columns = args.batch_size * (2 if studies.negatives else 1)
+    bar = tqdm(total=total, initial=state["step"], desc=args.system, disable=run.rank > 0)
+    while True:
+        epoch, first = divmod(state["step"], steps_per_epoch)
+        if (first == 0 or state["step"] == total) and state["step"] > state["validated"]:
+            run.validate(val_rows)
+        if state["step"] == total:
+            return bar.close()
+        batches = epoch_batches(studies, args, epoch, first, run.rank, run.world)
+        unreadable, warned = set(), set()
+        for step in range(state["step"], min(total, (epoch + 1) * steps_per_epoch)):
+            began = time.perf_counter()
+            micro = [to_device(next(batches), device) for _ in range(args.accumulate)]
+            unreadable.update(row for batch in micro for row in batch["bad"].tolist())
+            waited = time.perf_counter() - began
+            # lr
+            lr = learning_rate(step, args, steps_per_epoch)
+            for group in run.optimizer.param_groups:
+                group["lr"] = lr
+            # forward + loss
+            run.optimizer.zero_grad()
+            out = forward_backward(model, criterion, micro, autocast,
+                                   functools.partial(seed_step, args.seed, step, run.rank))
+            # backward + step: the loss and the norm are one on all ranks, so all skip together
+            norm = torch.nn.utils.clip_grad_norm_(run.clip.parameters(), args.clip)
+            flags = torch.tensor([float(len(signals)), len(unreadable)], device=device)
+            if run.world > 1:
+                dist.all_reduce(flags)
+            *values, norm, stop, bad = torch.stack([*out.values(), norm, *flags]).tolist()
+            values = dict(zip(out, values, strict=True)) | {"grad_norm": norm}
+            finite = math.isfinite(values["loss"]) and math.isfinite(norm)
+            if finite:
+                run.optimizer.step()
+                run.clip.clamp_temperature()
+            state["step"] = step + 1
+            state["skipped"] += not finite
+            state["skipped_in_a_row"] = 0 if finite else state["skipped_in_a_row"] + 1
+            # log
+            took = time.perf_counter() - began
+            run.log({"step": step + 1, "epoch": epoch, **values, "lr": lr,
+                     "temperature": math.exp(-run.clip.logit_scale.item()),
+                     "skipped": state["skipped"], "images_per_s": args.batch_size / took,
+                     "data_wait": waited / took, "memory_mb": memory_mb(device)})
+            run.warn_of_collapse(values, columns, warned)
+            bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False,
+                            positives=f"{values['positives_text']:.1f}")
+            bar.update()
+            if state["skipped_in_a_row"] == MAX_SKIPPED:
+                run.stop_for_bad_numbers(values, micro)
+            if bad > MAX_BAD * len(studies):
+                raise ValueError(f"{bad:.0f} images of epoch {epoch} could not be read, more than "
+                                 f"{MAX_BAD:.0%}; see python data.py check {studies.manifest.path}")
+            # checkpoint
+            if stop or (step + 1) % args.checkpoint_every == 0:
+                run.save()
+            if stop:
+                bar.close()
+                return run.say(f"a signal came: saved after step {step + 1}; go on with --resume")
+        run.report_unreadable(epoch, unreadable)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, device = start_ranks()
+    if args.batch_size % (world * args.accumulate):
+        raise ValueError(f"--batch-size {args.batch_size}: expected a multiple of {world} ranks x "
+                         f"--accumulate {args.accumulate}")
+    began = time.perf_counter()
+    folder = on_rank_0(lambda: open_folder(args), rank, world)
+    path = args.train or on_rank_0(phantom, rank, world)
+    on_rank_0(lambda: len(Manifest(path)), rank, world)  # one rank alone writes the index
+    train_rows = Manifest(path, "train", args.image_root)
+    val_rows = Manifest(args.val or path, "val", args.image_root)
+
+    negatives, graphs, _ = SYSTEMS[args.system]
+    torch.manual_seed(args.seed)  # weights are the same on all ranks
+    clip = ClinicalCLIP(args.image_encoder, args.text_encoder, args.width, args.image_size,
+                        graph=graphs).to(device).train()
+    optimizer = torch.optim.AdamW(parameter_groups(clip, args.weight_decay), lr=args.lr,
+                                  fused=device.type == "cuda")
+    studies = Studies(train_rows, image_size=args.image_size, tokenize=clip.tokenize,
+                      negatives=negatives, graphs=graphs, uncertain=args.uncertain, seed=args.seed)
+    steps_per_epoch = len(GlobalBatches(len(studies), args.batch_size, args.seed, 0))
+    total = min(args.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
+
+    run = Run(args, folder, rank, world, device, clip, optimizer)
+    if saved := find_checkpoint(args, folder):
+        run.resume(saved)
+    if run.state["validated"] < total:
+        run.start_log(total, len(studies), len(val_rows))
+        model = DistributedDataParallel(clip, broadcast_buffers=False) if world > 1 else clip
+        train(run, model, build_loss(args), studies, val_rows, steps_per_epoch, total)
+    if rank == 0:
+        if args.export:
+            export_model(load_model(folder), Path(args.export))
+        print(json.dumps({"run": str(folder), "system": args.system, "seed": args.seed,
+                          "finished": run.state["validated"] == total, "step": run.state["step"],
+                          "skipped": run.state["skipped"], "unreadable": run.state["unreadable"],
+                          "best": run.state["best"],
+                          "seconds": round(time.perf_counter() - began)}))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_main(main)
