@@ -1,11 +1,10 @@
-"""Every data set of the paper from its official files, image reading, batches and the phantom (Sec. 5.1, App. B.1).
+"""Every data set of the paper from its official files, images, batches, the phantom (Sec. 5.1, App. B.1).
 
-    python data.py SET ROOT --out X.jsonl        official download -> manifest (one frontal image a line)
-    python data.py check X.jsonl                 validates every line and image; Tab. 1 for any corpus
+    python data.py SET ROOT --out X.jsonl        official download -> manifest, one frontal image a line
+    python data.py check X.jsonl                 validates lines and images; Tab. 1 for any corpus
     python data.py cache X.jsonl --out DIR       resized copies and a manifest that points to them
 
-A manifest is JSON Lines; its fields are in the README. File order: reading images, the manifest and its
-batches, the phantom, the builders (one per data set), check / cache / sheet, the command line.
+In this order: images, manifest, batches, phantom, builders (one per data set), check and cache.
 Symbols: B rows of one rank's batch, N = world x B, S the image side in pixels.
 
 SPDX-License-Identifier: MIT
@@ -17,13 +16,16 @@ import gzip
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import re
+import struct
 import sys
 import tarfile
-import warnings
+import zlib
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree.ElementTree import TreeBuilder
 from xml.parsers import expat
 
@@ -33,13 +35,14 @@ from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from gcn import collate_graphs
-from negations import CONDITIONS, open_atomic, positives, read_jsonl, run_main
+from gcn import collate_graphs, read_radgraph
+from negations import CONDITIONS, open_atomic, read_jsonl, run_main
 
 SPLITS = ("train", "val", "test")
 MAX_PIXELS = 50_000_000      # checked before decoding: three times the largest published radiograph
-MAX_XML_BYTES = 1_000_000    # OpenI's largest report is 12 kB
+MAX_XML_BYTES = 1_000_000    # OpenI's longest report is 12 kB
 MAX_TRIES = 20               # replacements tried for one unreadable image
+BROKEN = (OSError, SyntaxError, EOFError, ValueError, IndexError, struct.error, zlib.error)  # Pillow's
 
 # ---------------------------------------------------------------- images (App. B.1)
 
@@ -47,42 +50,36 @@ MAX_TRIES = 20               # replacements tried for one unreadable image
 def read_image(path, at_least=None):
     """One radiograph as a grey 8-bit PIL image.
 
-    path      PNG or JPEG, 8 or 16 bits, or DICOM (needs pydicom; MONOCHROME1 is inverted).
-    at_least  side in pixels that suffices: JPEG is then decoded at 1/2, 1/4 or 1/8 if both sides stay above it.
+    path: PNG or JPEG of 8 or 16 bits, or DICOM (needs pydicom; MONOCHROME1 is inverted). at_least: side
+    in pixels that suffices; a JPEG is decoded at 1/2, 1/4 or 1/8 while both sides stay above it.
     Raises OSError or ValueError naming the file; the size is checked before anything is decoded.
     """
     if str(path).lower().endswith((".dcm", ".dicom")):
         return _read_dicom(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=("PNG", "JPEG")) as image:
-                _check_size(path, *image.size)
-                if at_least is not None:
-                    image.draft("L", (at_least, at_least))
-                if image.mode.startswith("I") or image.mode == "F":
-                    return to_grey(np.asarray(image))
-                return image.convert("L")
-    except Image.DecompressionBombError:
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            if at_least is not None:
+                image.draft("L", (at_least, at_least))
+            if image.mode.startswith("I") or image.mode == "F":
+                return to_grey(np.asarray(image))
+            image.load()
+            return image if image.mode == "L" else image.convert("L")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(f"{path}: expected at most {MAX_PIXELS} pixels") from None
-    except (OSError, SyntaxError, EOFError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: expected an image, found no such file") from None
+    except BROKEN as error:
         raise OSError(f"{path}: expected an intact PNG or JPEG ({type(error).__name__})") from None
 
 
-def _check_size(path, width, height):
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{path}: expected at most {MAX_PIXELS} pixels, got {width} x {height}")
-
-
 def to_grey(values):
-    """More than 8 bits -> an 8-bit image, the darkest value 0 and the brightest 255 (a flat image is 0)."""
-    # ASSUMPTION: images of more than 8 bits are scaled by their own minimum and maximum, 8-bit ones left alone.
+    """More than 8 bits -> an 8-bit image, the darkest value 0 and the brightest 255 (flat: 0)."""
+    # ASSUMPTION: images of more than 8 bits are scaled by their own minimum and maximum.
     values = values.astype(np.float32)
     low, high = float(values.min()), float(values.max())
-    scale = 255.0 / (high - low) if high > low else 0.0
-    return Image.fromarray(np.round((values - low) * scale).astype(np.uint8))
+    return Image.fromarray(np.round((values - low) * (255 / max(high - low, 1e-6))).astype(np.uint8))
 
 
 def _read_dicom(path):
@@ -91,30 +88,42 @@ def _read_dicom(path):
     except ImportError:
         raise ValueError(f"{path}: reading DICOM needs pydicom (pip install pydicom)") from None
     try:
-        dataset = pydicom.dcmread(path)
-        _check_size(path, int(dataset.Columns), int(dataset.Rows))
-        values = np.asarray(dataset.pixel_array, dtype=np.float32)
-    except (pydicom.errors.InvalidDicomError, AttributeError, NotImplementedError, RuntimeError) as error:
-        raise OSError(f"{path}: expected a readable DICOM image ({type(error).__name__})") from None
-    if values.ndim != 2:
-        raise OSError(f"{path}: expected one grey frame, got shape {values.shape}")
-    inverted = dataset.get("PhotometricInterpretation", "") == "MONOCHROME1"
-    return to_grey(-values if inverted else values)
+        header = pydicom.dcmread(path)
+        if int(header.Rows) * int(header.Columns) > MAX_PIXELS:
+            raise ValueError(f"expected at most {MAX_PIXELS} pixels")
+        values = np.asarray(header.pixel_array, dtype=np.float32)
+        if values.ndim != 2:
+            raise ValueError(f"expected one grey frame, got shape {values.shape}")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: expected an image, found no such file") from None
+    except (pydicom.errors.InvalidDicomError, AttributeError, RuntimeError, *BROKEN) as error:
+        raise OSError(f"{path}: expected a readable DICOM image ({error})") from None
+    return to_grey(-values if header.get("PhotometricInterpretation") == "MONOCHROME1" else values)
 
 
 def pixels(image, size, rng=None):
-    """PIL image -> (1, S, S) uint8: the whole image, or with rng a random crop, resized in the same step."""
-    # ASSUMPTION: the whole image is squashed to a square, so that neither lung's edge is ever cut off.
+    """PIL image -> (1, S, S) uint8: all of it, or with rng a random crop, resized in the same step."""
+    # ASSUMPTION: an image is squashed to the square, so that neither lung's edge is ever cut off.
     width, height = image.size
     box = (0, 0, width, height)
     if rng is not None:
-        # ASSUMPTION: crops keep 80-100 % of the area, the aspect varies by 10 %; no flips, since sides have names.
+        # ASSUMPTION: crops keep 80-100 % of the area, aspect within 10 %; no flips: sides have names.
         area, aspect = rng.uniform(0.8, 1.0), np.exp(rng.uniform(-0.1, 0.1))
-        w, h = width * min(1.0, (area * aspect) ** 0.5), height * min(1.0, (area / aspect) ** 0.5)
+        w, h = width * min(1, (area * aspect) ** 0.5), height * min(1, (area / aspect) ** 0.5)
         x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
         box = (x, y, x + w, y + h)
     resized = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
     return np.asarray(resized)[None]  # (1, S, S)
+
+
+def crop_borders(image):
+    """Cuts black padding away: rows and columns in which hardly any pixel is brighter than black."""
+    # DIFFERS from App. B.1: its public pipeline takes the largest contour's box, with OpenCV.
+    bright = np.asarray(image) > 10
+    rows, columns = (np.flatnonzero(bright.mean(axis) > 0.02) for axis in (1, 0))
+    if not len(rows) or not len(columns):
+        return image
+    return image.crop((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
 
 
 # ---------------------------------------------------------------- the manifest and its index
@@ -122,18 +131,19 @@ def pixels(image, size, rng=None):
 
 def patient_hash(patient):
     """A patient id as a signed 64-bit number, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(str(patient).encode()).digest()[:8], "little", signed=True)
+    digest = hashlib.sha256(str(patient).encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
 
 
 def split_of(patient):
-    """train, val or test (80/10/10) by the hash of the patient id, so that a subset keeps its assignment."""
+    """train, val or test (80/10/10) by the patient's hash, so that a subset keeps its assignment."""
     share = patient_hash(patient) % 1000
     return "train" if share < 800 else "val" if share < 900 else "test"
 
 
 def label_vector(labels, uncertain="positive"):
-    """Labels by name -> C: (14,) float32 in CheXbert's order; 1, or -1 if uncertain="positive", becomes 1."""
-    # ASSUMPTION: C holds the positives, No Finding a dimension of its own; uncertain counts as positive.
+    """Labels by name -> C: (14,) float32 in CheXbert's order; -1 is 1 if uncertain="positive"."""
+    # ASSUMPTION: C holds the positives, No Finding its own dimension; uncertain counts as positive.
     if uncertain not in ("positive", "negative"):
         raise ValueError(f"expected uncertain to be positive or negative, got {uncertain!r}")
     ones = (1, -1) if uncertain == "positive" else (1,)
@@ -145,49 +155,31 @@ INDEX = np.dtype([("offset", "<i8"), ("patient", "<i8"), ("line", "<i4"), ("posi
 
 
 class Manifest:
-    """Lazy rows of a manifest: a memory-mapped sidecar of 24 bytes a line, each record parsed when asked for.
+    """Lazy rows of a manifest: a memory-mapped sidecar, 24 bytes a line; records parsed when asked for.
 
-    path        JSON Lines file; PATH.index.npy beside it is rebuilt when its size or time changes, and kept
-                in memory if the folder is not writable
-    split       train, val, test or all
-    image_root  replaces every record's "root"
-    Columns (numpy, one entry a row): .patients int64 hash, .positives uint16 (bit k: CONDITIONS[k] is 1),
-    .negatives uint8 (stored hard negatives). Raises ValueError naming file and line.
+    path: JSON Lines; PATH.index.npy beside it is rebuilt when the manifest's size or time changes, and
+    kept in memory if the folder is not writable. split: train, val, test or all. image_root replaces
+    every record's "root". Columns, one entry a row: .patients int64 hash, .positives uint16 (bit k:
+    CONDITIONS[k] is 1), .negatives uint8 (stored hard negatives). ValueError names file and line.
     """
 
     def __init__(self, path, split="all", image_root=None):
         if split not in (*SPLITS, "all"):
             raise ValueError(f"{path}: expected split train, val, test or all, got {split!r}")
         self.path, self.split, self.image_root = str(path), split, image_root
-        self._open()
+        self.index = _load_index(self.path)
+        codes = self.index["split"][1:]  # row 0 is the header
+        rows = np.arange(len(codes)) if split == "all" else np.flatnonzero(codes == SPLITS.index(split))
+        self.rows = rows.astype(np.int32) + 1
+        self.patients, self.positives, self.negatives = (
+            np.asarray(self.index[name][self.rows]) for name in ("patient", "positives", "negatives"))
+        self.file = open(self.path, "rb", buffering=0)
 
-    def _open(self):
-        index = _load_index(self.path)
-        code = SPLITS.index(self.split) if self.split in SPLITS else None
-        rows = np.arange(1, len(index)) if code is None else np.flatnonzero(index["split"] == code)
-        self.index, self.rows = index, rows.astype(np.int32)
-        self.file, self.roots = open(self.path, "rb", buffering=0), {}
-
-    def __getstate__(self):
-        return {"path": self.path, "split": self.split, "image_root": self.image_root}
-
-    def __setstate__(self, state):
-        self.__init__(**state)
+    def __reduce__(self):  # a worker opens the sidecar itself
+        return Manifest, (self.path, self.split, self.image_root)
 
     def __len__(self):
         return len(self.rows)
-
-    @property
-    def patients(self):
-        return self.index["patient"][self.rows]
-
-    @property
-    def positives(self):
-        return self.index["positives"][self.rows]
-
-    @property
-    def negatives(self):
-        return self.index["negatives"][self.rows]
 
     def line(self, i):
         """Line number in the file of row i."""
@@ -196,40 +188,43 @@ class Manifest:
     def __getitem__(self, i):
         row = int(self.rows[i])
         start = int(self.index["offset"][row])
-        after = row + 1 < len(self.index)
-        end = int(self.index["offset"][row + 1 if after else 0])  # row 0 holds the file's size
-        return _parse(self.path, self.line(i), os.pread(self.file.fileno(), end - start, start))
+        end = int(self.index["offset"][(row + 1) % len(self.index)])  # the header's is the file's size
+        return _parse(f"{self.path}:{self.line(i)}", os.pread(self.file.fileno(), end - start, start))
 
     def image_path(self, record):
         """The record's image as a path; ValueError if it would leave the image root."""
-        root = self.image_root or record.get("root") or os.path.dirname(self.path) or "."
-        if root not in self.roots:
-            self.roots[root] = Path(root).resolve()
-        path = self.roots[root] / record["image"]
-        if not path.resolve().is_relative_to(self.roots[root]):
-            raise ValueError(f"{self.path}: expected images inside the image root (--image-root), got one outside")
-        return path
+        return image_path(record, self.path, self.image_root)
 
 
-def _parse(path, line, raw):
+def image_path(record, manifest, image_root=None):
+    root = Path(image_root or record.get("root") or Path(manifest).parent).resolve()
+    path = (root / record["image"]).resolve()
+    if not path.is_relative_to(root):
+        raise ValueError(f"{manifest}: expected images inside their root (--image-root), got one outside")
+    return path
+
+
+def _parse(where, raw):
     try:
         record = json.loads(raw)
     except ValueError:
-        raise ValueError(f"{path}:{line}: expected one JSON object in UTF-8") from None
+        raise ValueError(f"{where}: expected one JSON object in UTF-8") from None
     if not isinstance(record, dict) or not all(isinstance(record.get(k), str) for k in ("id", "image")):
-        raise ValueError(f"{path}:{line}: expected a JSON object with the texts id and image")
+        raise ValueError(f"{where}: expected a JSON object with the texts id and image")
+    if record.get("split") not in (*SPLITS, None):
+        raise ValueError(f"{where}: expected split train, val or test")
     return record
 
 
 def _load_index(path):
-    """Row 0 holds the manifest's size and time; row k its k-th record."""
+    """Row 0 is a header of the manifest's size and time; row k describes its k-th record."""
     stat, sidecar = os.stat(path), f"{path}.index.npy"
     stamp = (stat.st_size, stat.st_mtime_ns)
     try:
         index = np.load(sidecar, mmap_mode="r")
-        if index.dtype == INDEX and len(index) and (index["offset"][0], index["patient"][0]) == stamp:
+        if index.dtype == INDEX and (index["offset"][0], index["patient"][0]) == stamp:
             return index
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, IndexError):
         pass  # absent or damaged: built anew
     index = _build_index(path, stamp)
     try:
@@ -241,76 +236,67 @@ def _load_index(path):
 
 
 def _build_index(path, stamp):
-    rows, offset = [np.array([(*stamp, 0, 0, 255, 0)], INDEX)], 0
-    chunk = []
+    parts, chunk, offset = [], [(*stamp, 0, 0, 255, 0)], 0
     with open(path, "rb") as file:
         for line, raw in enumerate(file, 1):
             if raw.strip():
-                chunk.append(_index_row(path, line, raw, offset))
+                record = _parse(f"{path}:{line}", raw)
+                labels, split = record.get("labels") or {}, record.get("split")
+                bits = sum(1 << k for k, name in enumerate(CONDITIONS) if labels.get(name) == 1)
+                chunk.append((offset, patient_hash(record.get("patient", record["id"])), line, bits,
+                              SPLITS.index(split) if split else 255,
+                              min(255, len(record.get("hard_negatives") or ()))))
             offset += len(raw)
-            if len(chunk) == 10_000:
-                rows.append(np.array(chunk, INDEX))
-                chunk = []
-    return np.concatenate([*rows, np.array(chunk, INDEX)])
-
-
-def _index_row(path, line, raw, offset):
-    record = _parse(path, line, raw)
-    split, labels = record.get("split"), record.get("labels") or {}
-    if split is not None and split not in SPLITS:
-        raise ValueError(f"{path}:{line}: expected split train, val or test, got {split!r}")
-    bits = sum(1 << k for k, name in enumerate(CONDITIONS) if labels.get(name) == 1)
-    code = SPLITS.index(split) if split else 255
-    negatives = min(255, len(record.get("hard_negatives") or ()))
-    return offset, patient_hash(record.get("patient", record["id"])), line, bits, code, negatives
+            if len(chunk) > 10_000:
+                parts, chunk = [*parts, np.array(chunk, INDEX)], []
+    return np.concatenate([*parts, np.array(chunk, INDEX)])
 
 
 # ---------------------------------------------------------------- batches
 
 
 class Studies(Dataset):
-    """What training reads, indexed by (epoch, i): every sample is a pure function of (seed, epoch, i).
+    """What training reads, indexed by (epoch, i); a sample is a pure function of (seed, epoch, i).
 
-    manifest    rows of one split, with labels; image_size S; tokenize: list of str -> dict of tensors
-    negatives   draw one stored hard negative anew each epoch; a study with none gets a report of this split
-                with exactly one positive, with that report's labels and graph (Sec. 4.1)
-    graphs      add RadGraph graphs; uncertain: see label_vector; augment: random crops
-    An unreadable image is replaced by another study drawn from the same seed, so batches keep their size.
+    manifest: rows of one split, with labels. image_size: S. tokenize: list of str -> dict of tensors.
+    negatives: draw one stored hard negative anew each epoch; a study with none gets a report of this
+    split with exactly one positive, with that report's labels and graph (Sec. 4.1). graphs: add RadGraph
+    graphs. uncertain: see label_vector. augment: random crops. An unreadable image is replaced by
+    another study drawn from the same seed, so that batches keep their size; "bad" lists the indices.
     """
 
-    def __init__(self, manifest, *, image_size, tokenize, negatives, graphs, uncertain="positive", seed=0,
-                 augment=True):
+    def __init__(self, manifest, *, image_size, tokenize, negatives, graphs, uncertain="positive",
+                 seed=0, augment=True):
         self.manifest, self.image_size, self.tokenize = manifest, image_size, tokenize
         self.negatives, self.graphs, self.uncertain = negatives, graphs, uncertain
         self.seed, self.augment = seed, augment
-        if not negatives:
-            return
         bits = manifest.positives & ((1 << len(CONDITIONS) - 1) - 1)  # the 13 besides No Finding
         self.single = np.flatnonzero((bits > 0) & (bits & (bits - 1) == 0)).astype(np.int32)
-        if not len(self.single) and len(manifest) and not manifest.negatives.all():
-            raise ValueError(f"{manifest.path}: expected hard_negatives, or reports with exactly one positive label, "
-                             "for training with negations; run negations.py on it first")
+        if negatives and not len(self.single) and not manifest.negatives.all():
+            raise ValueError(f"{manifest.path}: expected hard_negatives, or reports with exactly one "
+                             "positive label, to train with negations; run negations.py on it first")
 
     def __len__(self):
         return len(self.manifest)
 
     def __getitem__(self, key):
         epoch, i = (int(part) for part in key)
-        rng = np.random.default_rng((self.seed, epoch, i))
-        bad = []
-        while True:
+        rng, bad = np.random.default_rng((self.seed, epoch, i)), []
+        while len(bad) < MAX_TRIES:
             record = self.manifest[i]
             try:
-                image = read_image(self.manifest.image_path(record), at_least=self.image_size * 5 // 4)
+                path = self.manifest.image_path(record)
+                image = read_image(path, at_least=self.image_size * 5 // 4)
                 break
             except (OSError, ValueError):
                 bad.append(i)
-            if len(bad) == MAX_TRIES:
-                raise ValueError(f"{self.manifest.path}:{self.manifest.line(bad[0])}: {MAX_TRIES} images in a row "
-                                 "could not be read; is --image-root right? (python data.py check)")
-            i = int(rng.integers(len(self.manifest)))
-        sample = {"index": i, "bad": bad, "pixels": pixels(image, self.image_size, rng if self.augment else None)}
-        sample.update(self._text(record))
+                i = int(rng.integers(len(self.manifest)))
+        else:
+            raise ValueError(f"{self.manifest.path}:{self.manifest.line(bad[0])}: {MAX_TRIES} images in "
+                             "a row could not be read; is --image-root right? See: python data.py check")
+        crop = rng if self.augment else None
+        sample = {"index": i, "bad": bad, "pixels": pixels(image, self.image_size, crop)}
+        sample |= self._text(record)
         if self.negatives:
             sample["hard"] = self._text(self._negative(record, rng))
         return sample
@@ -325,36 +311,38 @@ class Studies(Dataset):
             return stored[rng.integers(len(stored))]
         for _ in range(MAX_TRIES):
             other = self.manifest[self.single[rng.integers(len(self.single))]]
-            if other["report"] != record.get("report"):  # never a copy of the report itself
+            if other.get("report") != record.get("report"):  # never a copy of the report itself
                 break
         return other
 
     def collate(self, samples):
-        """Samples -> one batch; tokens and graphs are built here, that is in the worker."""
+        """Samples -> one batch; tokens and graphs are made here, that is in the worker."""
+        bad = sorted({i for s in samples for i in s["bad"]})
         batch = {"pixels": torch.from_numpy(np.stack([s["pixels"] for s in samples])),  # (B, 1, S, S)
                  "index": torch.tensor([s["index"] for s in samples]),                  # (B,)
-                 "bad": torch.tensor(sorted({i for s in samples for i in s["bad"]}), dtype=torch.int64)}
-        sides = [("", samples)] + ([("hard_", [s["hard"] for s in samples])] if self.negatives else [])
-        for prefix, side in sides:
-            batch[f"{prefix}text"] = self.tokenize([s["report"] for s in side])
-            batch[f"{prefix}labels"] = torch.from_numpy(np.stack([s["labels"] for s in side]))  # (B, 14)
-            if self.graphs:
+                 "bad": torch.tensor(bad, dtype=torch.int64)}
+        for prefix, side in (("", samples), ("hard_", [s["hard"] for s in samples if "hard" in s])):
+            if side:
+                labels = np.stack([s["labels"] for s in side])
+                batch[f"{prefix}labels"] = torch.from_numpy(labels)  # (B, 14)
+                batch[f"{prefix}text"] = self.tokenize([s["report"] for s in side])
+            if side and self.graphs:
                 batch[f"{prefix}graph"] = collate_graphs([s["graph"] for s in side])
         return batch
 
 
 class GlobalBatches:
-    """Batch sampler: step s of an epoch takes rows [s N, (s + 1) N) of one permutation, rank r its B of them.
+    """Batch sampler: step s of an epoch takes rows [s N, (s + 1) N) of one permutation, a rank its B.
 
-    batch_size is N, a multiple of world; the last incomplete batch is dropped, so all ranks take equal steps;
-    start is the first step (to resume inside an epoch). Yields lists of (epoch, i), whatever the workers do.
+    batch_size is N, a multiple of world; the last incomplete batch is dropped, so all ranks take equal
+    steps; start is the first step (to resume inside an epoch). Yields lists of (epoch, i).
     """
 
     def __init__(self, num_studies, batch_size, seed, epoch, rank=0, world=1, start=0):
         if batch_size < 1 or batch_size % world:
-            raise ValueError(f"expected a global batch size divisible by {world} ranks, got {batch_size}")
+            raise ValueError(f"expected a batch size divisible by {world} ranks, got {batch_size}")
         if num_studies < batch_size:
-            raise ValueError(f"expected at least one global batch of {batch_size} studies, got {num_studies} studies")
+            raise ValueError(f"expected at least one batch of {batch_size} studies, got {num_studies}")
         self.num_studies, self.batch_size, self.seed, self.epoch = num_studies, batch_size, seed, epoch
         self.rank, self.world, self.start = rank, world, start
 
@@ -369,91 +357,82 @@ class GlobalBatches:
             yield [(self.epoch, int(i)) for i in order[first:first + share]]
 
 
-# ---------------------------------------------------------------- the phantom (drawn chests with matching reports)
+# ---------------------------------------------------------------- the phantom: drawings and reports
 
-TEMPLATES = {"No acute cardiopulmonary process.": 15829, "No acute intrathoracic process.": 4643,  # Tab. 1
-             "No acute cardiopulmonary abnormality.": 4488, "No evidence of acute cardiopulmonary process.": 1255,
-             "No evidence of pneumonia.": 1014}
-DUPLICATE = "No active lung lesion."  # Sec. 5.1: the sentence of all 130,000 added normal studies
+TEMPLATES = {  # Tab. 1
+    "No acute cardiopulmonary process.": 15829, "No acute intrathoracic process.": 4643,
+    "No acute cardiopulmonary abnormality.": 4488, "No evidence of pneumonia.": 1014,
+    "No evidence of acute cardiopulmonary process.": 1255}
+DUPLICATE = "No active lung lesion."  # Tab. 3: the one sentence of all added normal studies
 
-# condition: (weight, conditions that often come along, noun phrases; {sev}erity, {side} and {zone} are filled in)
+# condition: (weight, what often comes along, noun phrases); * severity, < side, ^ zone
 FINDINGS = {
-    "Enlarged Cardiomediastinum": (0.6, (), ("{sev} widening of the mediastinum", "{sev} mediastinal widening",
-                                             "{sev} enlargement of the cardiomediastinal silhouette")),
-    "Cardiomegaly": (1.2, (), ("{sev} cardiomegaly", "{sev} enlargement of the heart", "{sev} cardiac enlargement")),
-    "Lung Opacity": (1.0, (), ("{sev} hazy opacity in the {side} {zone} lung", "ill-defined {sev} {side} {zone} lung opacity",
-                               "{sev} airspace opacity in the {side} {zone} lung")),
-    "Lung Lesion": (0.9, (), ("{sev} {side} {zone} lung nodule", "{sev} rounded nodule in the {side} {zone} lung",
-                              "{sev} mass in the {side} {zone} lung")),
-    "Edema": (0.8, ("Cardiomegaly", "Pleural Effusion"), ("{sev} pulmonary edema", "{sev} interstitial edema",
-                                                          "{sev} pulmonary vascular congestion with edema")),
-    "Consolidation": (0.9, (), ("{sev} consolidation in the {side} {zone} lung", "{sev} {side} {zone} lobe consolidation",
-                                "{sev} focal consolidation of the {side} {zone} lobe")),
-    "Pneumonia": (1.0, ("Lung Opacity",), ("{sev} {side} {zone} lobe pneumonia", "{sev} pneumonia in the {side} {zone} lung",
-                                           "{sev} {side} bronchopneumonia")),
-    "Atelectasis": (1.0, (), ("{sev} {side} basilar atelectasis", "{sev} atelectasis at the {side} base",
-                              "{sev} linear atelectasis in the {side} lower lung")),
-    "Pneumothorax": (0.9, ("Support Devices", "Fracture"), ("{sev} {side} pneumothorax", "{sev} {side} apical pneumothorax",
-                                                            "{sev} pneumothorax on the {side}")),
-    "Pleural Effusion": (1.3, ("Atelectasis",), ("{sev} {side} pleural effusion", "{sev} effusion on the {side}",
-                                                 "{sev} {side} pleural fluid collection")),
-    "Pleural Other": (0.5, (), ("{sev} {side} pleural thickening", "{sev} thickening of the {side} lateral pleura",
-                                "{sev} {side} pleural scarring")),
-    "Fracture": (0.6, (), ("{sev} {side} rib fracture", "{sev} fracture of the {side} ribs",
-                           "{sev} displaced {side} rib fractures")),
-    "Support Devices": (0.8, (), ("{device} in place",)),
-}
-DEVICES = ("left chest pacemaker", "right internal jugular catheter", "endotracheal tube", "enteric tube",
-           "sternotomy wires")
-FRAMES = ("there is {x}.", "{x}.", "{x} is present.", "{x} is noted.", "{x} is seen.", "findings show {x}.",
-          "unchanged {x}.", "{x}, unchanged from the prior study.", "compared to the prior study, there is {x}.",
-          "stable {x}.", "{x} is again seen.", "{x} has increased since the previous examination.",
-          "new {x} since the prior radiograph.")
-ABSENT = {"Cardiomegaly": ("the heart is normal in size.", "heart size is normal.", "no cardiomegaly."),
-          "Enlarged Cardiomediastinum": ("mediastinal contours are normal.", "the mediastinum is not widened."),
-          "Pleural Effusion": ("no pleural effusion.", "there is no effusion on either side."),
-          "Pneumothorax": ("no pneumothorax.", "there is no evidence of pneumothorax.", "no pneumothorax is seen."),
-          "Consolidation": ("no focal consolidation.", "there is no consolidation."),
-          "Edema": ("no pulmonary edema.", "there is no evidence of edema."),
-          "Pneumonia": ("no evidence of pneumonia.", "no pneumonia."), "Fracture": ("no rib fracture.",),
-          "Lung Lesion": ("no lung nodule or mass.",), "Atelectasis": ("no atelectasis.",)}
-EXTRA = ("pa and lateral views of the chest.", "single portable view of the chest.", "the patient is slightly rotated.",
-         "comparison is made to the prior study.")
-SEVERITY = (("mild", "small", "subtle"), ("moderate",), ("severe", "large", "extensive"))
+    "Enlarged Cardiomediastinum": (0.6, (), "* widening of the mediastinum|* mediastinal widening"),
+    "Cardiomegaly": (1.2, (), "* cardiomegaly|* enlargement of the heart|* cardiac enlargement"),
+    "Lung Opacity": (1.0, (), "* hazy opacity in the < ^ lung|ill-defined < ^ lung opacity"),
+    "Lung Lesion": (0.9, (), "* < ^ lung nodule|* rounded nodule in the < ^ lung|< ^ lung mass"),
+    "Edema": (0.8, ("Cardiomegaly", "Pleural Effusion"), "* pulmonary edema|* interstitial edema"),
+    "Consolidation": (0.9, (), "* consolidation in the < ^ lung|* focal consolidation of the < ^ lobe"),
+    "Pneumonia": (1.0, ("Lung Opacity",), "< ^ lobe pneumonia|* pneumonia in the < ^ lung"),
+    "Atelectasis": (1.0, (), "* < basilar atelectasis|* atelectasis at the < base|< linear atelectasis"),
+    "Pneumothorax": (0.9, ("Support Devices", "Fracture"), "* < pneumothorax|* < apical pneumothorax"),
+    "Pleural Effusion": (1.3, ("Atelectasis",), "* < pleural effusion|* effusion on the <"),
+    "Pleural Other": (0.5, (), "* < pleural thickening|< lateral pleural thickening"),
+    "Fracture": (0.6, (), "< rib fracture|* displaced < rib fracture|fracture of several < ribs"),
+    "Support Devices": (0.8, (), "a #|a # in place|a # in standard position")}
+SEVERITY = (("mild", "slight", "minimal"), ("moderate",), ("severe", "marked", "extensive"))
+FRAMES = ("there is {}.|{}.|{} is present.|{} is noted.|{} is seen.|findings show {}.|unchanged {}.|"
+          "{}, unchanged from the prior study.|compared to the prior study, there is {}.|stable {}.|"
+          "{} is again seen.|{} has increased since the previous examination.|"
+          "new {} since the prior radiograph.")
+ABSENT = {
+    "Cardiomegaly": "the heart is normal in size.|heart size is normal.|no cardiomegaly.",
+    "Enlarged Cardiomediastinum": "mediastinal contours are normal.|the mediastinum is not widened.",
+    "Pleural Effusion": "no pleural effusion.|there is no effusion on either side.",
+    "Pneumothorax": "no pneumothorax.|there is no evidence of pneumothorax.|no pneumothorax is seen.",
+    "Consolidation": "no focal consolidation.|there is no consolidation.", "Fracture": "no rib fracture.",
+    "Edema": "no pulmonary edema.|there is no evidence of edema.", "Lung Lesion": "no nodule or mass.",
+    "Pneumonia": "no evidence of pneumonia.|no pneumonia.", "Atelectasis": "no atelectasis."}
+REMARKS = ("frontal view of the chest.|comparison is made to the prior study.|the patient is rotated.|"
+           "single portable view of the chest.")
+DEVICES = {  # path on the image; the pacemaker has its box too
+    "left chest pacemaker": [(0.5, -0.5), (0.2, -0.42), (0.02, -0.1), (0.0, 0.3), (0.22, 0.5)],
+    "right internal jugular catheter": [(-0.22, -0.98), (-0.15, -0.6), (-0.10, -0.2), (-0.08, 0.12)],
+    "endotracheal tube": [(0.01, -1), (0.0, -0.6), (0.02, -0.28)],
+    "nasogastric tube": [(0.02, -1), (0.03, 0.2), (0.10, 0.62), (0.3, 0.72)]}
 
 
 def phantom_records(folder, studies, size, seed, normal_fraction, duplicates):
-    """Draws the images into folder/images and yields their manifest records; a pure function of the arguments."""
-    if not 0 <= normal_fraction <= 1 or studies < 1 or duplicates < 0 or size < 32:
-        raise ValueError("expected --studies >= 1, --size >= 32, --duplicates >= 0 and --normal-fraction in 0..1")
+    """Draws the images into folder/images and yields their records; a pure function of the arguments."""
+    if not 0 <= normal_fraction <= 1 or studies < 1 or duplicates < 0 or not 32 <= size <= 2048:
+        raise ValueError("expected at least 1 study of 32 to 2048 pixels, no negative number of "
+                         "duplicates and a normal fraction of 0 to 1")
     (Path(folder) / "images").mkdir(parents=True, exist_ok=True)
-    templates, counts = list(TEMPLATES), np.array(list(TEMPLATES.values()))
+    share = np.array(list(TEMPLATES.values())) / sum(TEMPLATES.values())
     for i in range(studies + duplicates):
-        rng = np.random.default_rng((seed, i))
-        normal = i >= studies or rng.random() < normal_fraction
-        found = {} if normal else _draw_findings(rng)
-        report = DUPLICATE if i >= studies else (
-            templates[rng.choice(len(counts), p=counts / counts.sum())] if normal else _write_report(found, rng))
+        rng, extra = np.random.default_rng((seed, i)), i >= studies
+        found = {} if extra or rng.random() < normal_fraction else _draw_findings(rng)
+        report = _write_report(found, rng) if found else str(rng.choice(list(TEMPLATES), p=share))
+        patient = f"D{i}" if extra else f"P{i * 2 // 3}"  # every third patient has two studies
         image = f"images/{i:06d}.png"
         _draw_chest(found, size, rng).save(Path(folder) / image, compress_level=1)
-        patient = f"D{i}" if i >= studies else f"P{i * 2 // 3}"
         targets = {name: int(name in found) for name in CONDITIONS[:-1]}
         targets["No Finding"] = int(not set(found) - {"Support Devices"})
-        yield {"study": f"{i:06d}", "image": image, "patient": patient, "report": report, "targets": targets,
-               "split": "train" if i >= studies else split_of(f"{seed}/{patient}"),
-               "severity": {name: round(f["amount"], 2) for name, f in found.items()}}
+        yield {"study": f"{i:06d}", "image": image, "patient": patient,
+               "split": "train" if extra else split_of(f"{seed}/{patient}"),
+               "report": DUPLICATE if extra else report, "targets": targets,
+               "severity": {name: round(finding.amount, 2) for name, finding in found.items()}}
 
 
 def _draw_findings(rng):
-    names = list(FINDINGS)
-    weights = np.array([FINDINGS[name][0] for name in names])
-    chosen = set(rng.choice(names, size=rng.choice([1, 2, 3], p=[0.55, 0.3, 0.15]), replace=False,
-                            p=weights / weights.sum()).tolist())
-    for name in sorted(chosen):
-        chosen |= {other for other in FINDINGS[name][1] if rng.random() < 0.3}
-    return {name: {"amount": float(rng.uniform(0.3, 1.0)), "side": int(rng.choice([-1, 1])),  # -1: the patient's right
-                   "zone": int(rng.integers(3)), "device": int(rng.integers(len(DEVICES)))}
-            for name in names if name in chosen}
+    weights = np.array([weight for weight, _, _ in FINDINGS.values()])
+    count = rng.choice([1, 2, 3], p=[0.55, 0.30, 0.15])
+    names = set(rng.choice(list(FINDINGS), count, replace=False, p=weights / weights.sum()).tolist())
+    names |= {other for name in sorted(names) for other in FINDINGS[name][1] if rng.random() < 0.3}
+    return {name: SimpleNamespace(amount=float(rng.uniform(0.25, 1.0)), zone=int(rng.integers(3)),
+                                  side=int(rng.choice((-1, 1))),  # -1: the patient's right
+                                  device=str(rng.choice(list(DEVICES))))
+            for name in FINDINGS if name in names}
 
 
 def _write_report(found, rng):
@@ -462,26 +441,31 @@ def _write_report(found, rng):
 
     sentences = []
     for name, finding in found.items():
-        level = min(2, int((finding["amount"] - 0.3) / 0.7 * 3))
-        phrase = pick(FINDINGS[name][2]).format(
-            sev=pick(SEVERITY[level]), side="right" if finding["side"] < 0 else "left",
-            zone=("upper", "mid", "lower")[finding["zone"]], device=DEVICES[finding["device"]])
-        sentences.append(pick(FRAMES).format(x=phrase))
-    absent = [name for name in ABSENT if name not in found]
-    for name in rng.permutation(absent)[:rng.integers(0, 4)]:
-        sentences.append(pick(ABSENT[name]))
-    if rng.random() < 0.3:
-        sentences.append(pick(EXTRA))
-    return " ".join(s[0].upper() + s[1:] for s in (sentences[k] for k in rng.permutation(len(sentences))))
+        words = {"*": pick(SEVERITY[min(2, int((finding.amount - 0.25) * 4))]), "#": finding.device,
+                 "<": "right" if finding.side < 0 else "left",
+                 "^": ("upper", "mid", "lower")[finding.zone]}
+        phrase = re.sub(r"[*#<^]", lambda sign, w=words: w[sign[0]], pick(FINDINGS[name][2].split("|")))
+        frames = FRAMES.split("|")[:11 if name == "Support Devices" else None]
+        sentences.append(pick(frames).format(phrase))
+    absent = rng.permutation([name for name in ABSENT if name not in found])
+    sentences += [pick(ABSENT[name].split("|")) for name in absent[:rng.integers(4)]]
+    sentences += [pick(REMARKS.split("|"))] if rng.random() < 0.3 else []
+    order = rng.permutation(len(sentences))
+    return " ".join(sentences[k][0].upper() + sentences[k][1:] for k in order)
 
 
 def _step(distance, softness=0.04):
+    """0 outside, 1 inside, a ramp of that width around distance 0."""
     return np.clip(distance / softness + 0.5, 0, 1)
 
 
+def _blend(image, mask, value):
+    image += (value - image) * mask
+
+
 def _line(x, y, points, width):
-    """Brightness of a polyline of that width; points as (x, y)."""
-    best = np.full_like(x, 9.0)
+    """A polyline of that half width, at least half a pixel."""
+    width, best = max(width, 1.2 / len(x)), np.full_like(x, 9)
     for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
         dx, dy = x1 - x0, y1 - y0
         t = np.clip(((x - x0) * dx + (y - y0) * dy) / (dx * dx + dy * dy), 0, 1)
@@ -489,249 +473,251 @@ def _line(x, y, points, width):
     return _step(width - np.sqrt(best), width)
 
 
-def _blend(image, mask, value):
-    image += (value - image) * mask
-
-
-def _draw_chest(found, size, rng):
-    """One frontal chest, the patient's right on the left: x in -1..1, y from -1 (neck) to 1 (abdomen)."""
-    amount = {name: finding["amount"] for name, finding in found.items()}
-    axis = np.linspace(-1, 1, size, dtype=np.float32)
-    turn, zoom = rng.normal(0, 0.035), rng.uniform(0.95, 1.08)
-    x0, y0 = axis[None] - rng.normal(0, 0.03), axis[:, None] - rng.normal(0, 0.03)
-    x, y = zoom * (np.cos(turn) * x0 + np.sin(turn) * y0), zoom * (np.cos(turn) * y0 - np.sin(turn) * x0)
-    u = np.abs(x)
-    texture = _noise(size, rng, 16) + 0.6 * _noise(size, rng, 6)
-    body = _step(0.30 + 0.64 * _step(y + 0.84, 0.22) - u)
-    image = 0.05 + 0.50 * body
-    chest = {"x": x, "y": y, "u": u, "texture": texture, "body": body, "image": image, "rng": rng, "lungs": 0}
-    for side in (-1, 1):
-        chest[side] = _draw_lung(chest, found, side)
-    _blend(image, 0.8 * body * _step(y - 0.5, 0.5), 0.66)  # abdomen
-    for side in (-1, 1):
-        _blend(image, chest[side]["mask"], 0.20 + 0.05 * texture + chest[side]["vessels"])
-    wide = rng.uniform(0.14, 0.18) + 0.20 * amount.get("Enlarged Cardiomediastinum", 0) * np.exp(-((y + 0.3) / 0.32) ** 2)
-    _blend(image, _step(wide - u, 0.06), 0.70)
-    _blend(image, 0.5 * _step(0.05 - u) * _step(-0.4 - y), 0.45)  # trachea
-    big = amount.get("Cardiomegaly", 0)
-    rx, ry = rng.uniform(0.28, 0.34) + 0.24 * big, rng.uniform(0.26, 0.31) + 0.10 * big
-    heart = 1 - np.sqrt(((x - 0.12 - 0.06 * big) / rx) ** 2 + ((y - 0.40) / ry) ** 2)
-    _blend(image, 0.95 * _step(heart, 0.14), 0.68)
-    _blend(image, 0.8 * _step(1 - np.sqrt(((x - 0.15) / 0.11) ** 2 + ((y + 0.38) / 0.10) ** 2), 0.25), 0.68)  # aortic knob
-    for name, finding in found.items():
-        _draw_finding(chest, name, finding)
-    _draw_bones(chest, found)
-    if "Support Devices" in found:
-        _draw_device(chest, found["Support Devices"]["device"])
-    image = np.clip(image, 0, 1) ** rng.uniform(0.85, 1.2) * rng.uniform(0.88, 1.05) + rng.normal(0, 0.02, image.shape)
-    return Image.fromarray((np.clip(image, 0, 1) * 255).astype(np.uint8))
+def _ellipse(x, y, x0, y0, rx, ry):
+    """1 at the centre, 0 on the border, negative outside."""
+    return 1 - np.sqrt(((x - x0) / rx) ** 2 + ((y - y0) / ry) ** 2)
 
 
 def _noise(size, rng, cells):
-    """Smooth noise of about that many blobs across."""
-    small = Image.fromarray(rng.normal(0, 1, (cells, cells)).astype(np.float32))
+    small = Image.fromarray(rng.standard_normal((cells, cells), dtype=np.float32))
     return np.asarray(small.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def _draw_lung(chest, found, side):
-    """One lung's mask and borders in its own outward coordinate s = side * x."""
-    rng, y, s = chest["rng"], chest["y"], side * chest["x"]
-    outer = rng.uniform(0.78, 0.84) * np.sqrt(np.clip(1 - ((y - 0.3) / 1.16) ** 2, 0, 1))
-    raised = sum(0.14 * f["amount"] for n, f in found.items() if n == "Atelectasis" and f["side"] == side)
+def _draw_chest(found, size, rng):
+    """A frontal chest, the patient's right on the left: x in -1..1, y from -1 (neck) to 1 (abdomen)."""
+    axis = np.linspace(-1, 1, size, dtype=np.float32)
+    turn, dx, dy, zoom = rng.normal((0, 0, 0, 1), (0.04, 0.03, 0.03, 0.04)).tolist()
+    across, down = zoom * (axis[None] - dx), zoom * (axis[:, None] - dy)
+    x, y = across + turn * down, down - turn * across  # (S, S)
+    u, texture = np.abs(x), _noise(size, rng, 16) + 0.6 * _noise(size, rng, 6)
+    body = _step(0.28 + 0.66 * _step(y + 0.86, 0.30) ** 0.6 - u + 0.04 * np.cos(2 * y))
+    image = 0.05 + body * (0.47 + 0.06 * np.clip(u, 0, 1))
+    chest = SimpleNamespace(x=x, y=y, u=u, texture=texture, body=body, image=image, rng=rng)
+    _blend(image, 0.8 * body * _step(y - 0.5, 0.5), 0.68)  # abdomen
+    chest.lungs = {side: _draw_lung(chest, found.get("Atelectasis"), side) for side in (-1, 1)}
+    _draw_middle(chest, found)
+    for name, finding in found.items():
+        _draw_finding(chest, name, finding)
+    _draw_bones(chest, found.get("Fracture"))
+    if "Support Devices" in found:
+        device = found["Support Devices"].device
+        _blend(image, _line(x, y, DEVICES[device], 0.025 if "endo" in device else 0.012), 1.0)
+        box = 0.10 - np.maximum(np.abs(x - 0.55), 1.2 * np.abs(y + 0.55))
+        _blend(image, _step(box, 0.03) * ("pacemaker" in device), 1.0)
+    image = np.clip(image, 0, 1) ** rng.uniform(0.85, 1.2) * rng.uniform(0.88, 1.08)
+    image += rng.uniform(0.01, 0.03) * rng.standard_normal(image.shape, dtype=np.float32)
+    return Image.fromarray((np.clip(image, 0, 1) * 255).astype(np.uint8))
+
+
+def _draw_lung(chest, atelectasis, side):
+    """One lung; s is the outward coordinate, so that both sides share one geometry."""
+    rng, y, s = chest.rng, chest.y, side * chest.x
+    outer = rng.uniform(0.76, 0.83) * np.sqrt(np.clip(1 - ((y - 0.3) / 1.16) ** 2, 0, 1))
+    raised = 0.14 * atelectasis.amount if atelectasis and atelectasis.side == side else 0
     dome = rng.uniform(0.50, 0.58) + 0.03 * side - raised + 0.24 * ((s - 0.38) / 0.42) ** 2
-    mask = _step(outer - s) * _step(s - 0.10) * _step(dome - y)
-    vessels = 0.12 * np.exp(-(((s - 0.24) / 0.14) ** 2 + ((y - 0.02) / 0.30) ** 2))  # hilum
-    angle = np.arctan2(y - 0.02, s - 0.16)
-    vessels = vessels + 0.06 * np.clip(np.cos(angle * rng.integers(9, 13) + rng.uniform(0, 6)), 0, 1) ** 3 * _step(0.75 - s, 0.7)
-    return {"s": s, "outer": outer, "dome": dome, "mask": mask, "vessels": vessels}
+    mask = _step(outer - s, 0.06) * _step(s - 0.10, 0.06) * _step(dome - y)
+    angle = np.arctan2(y - 0.02, s - 0.16) * int(rng.integers(9, 13)) + rng.uniform(0, 6)
+    vessels = 0.06 * np.clip(np.cos(angle + 0.8 * chest.texture), 0, 1) ** 2 * _step(0.6 - s, 0.7)
+    hilum = 0.14 * np.exp(-((s - 0.24) / 0.14) ** 2 - ((y - 0.02) / 0.30) ** 2)
+    _blend(chest.image, mask, 0.20 + 0.035 * chest.texture + vessels + hilum)
+    return SimpleNamespace(s=s, outer=outer, mask=mask)
+
+
+def _draw_middle(chest, found):
+    rng, x, y, image = chest.rng, chest.x, chest.y, chest.image
+    big, wide = (found[name].amount if name in found else 0
+                 for name in ("Cardiomegaly", "Enlarged Cardiomediastinum"))
+    half = rng.uniform(0.13, 0.17) + 0.20 * wide * np.exp(-((y + 0.3) / 0.32) ** 2)
+    _blend(image, _step(half - chest.u, 0.10), 0.66)  # mediastinum
+    _blend(image, 0.5 * _step(0.05 - chest.u) * _step(-0.4 - y), 0.42)  # trachea
+    rx, ry = rng.uniform(0.27, 0.33) + 0.24 * big, rng.uniform(0.27, 0.33) + 0.08 * big
+    heart = _ellipse(x + 0.25 * (y - 0.4), y, 0.12 + 0.07 * big, 0.40, rx, ry)
+    _blend(image, 0.95 * _step(heart, 0.16), 0.66 + 0.03 * chest.texture)
+    _blend(image, 0.8 * _step(_ellipse(x, y, 0.14, -0.38, 0.11, 0.11), 0.3), 0.66)  # aortic knob
+    bubble = _ellipse(x, y, 0.42, 0.80, 0.16, 0.08) + 0.1 * chest.texture  # in the stomach
+    _blend(image, 0.8 * _step(bubble, 0.5), 0.40)
 
 
 def _draw_finding(chest, name, finding):
-    """The look of one condition; a in 0.3..1 is its severity."""
-    rng, y, texture, image = chest["rng"], chest["y"], chest["texture"], chest["image"]
-    lung, a = chest[finding["side"]], finding["amount"]
-    s, mask, outer = lung["s"], lung["mask"], lung["outer"]
-    cy = (-0.38, -0.02, 0.30)[finding["zone"]] + rng.uniform(-0.06, 0.06)
-    cx = rng.uniform(0.32, 0.52)
-
-    def blob(x0, y0, rx, ry):
-        return np.sqrt(((s - x0) / rx) ** 2 + ((y - y0) / ry) ** 2)
-
+    """The look of one condition; a in 0.25..1 is its severity."""
+    rng, y, texture, image, a = chest.rng, chest.y, chest.texture, chest.image, finding.amount
+    lung = chest.lungs[finding.side]
+    s, mask, outer = lung.s, lung.mask, lung.outer
+    cx, cy = rng.uniform(0.32, 0.52), rng.uniform(-0.06, 0.06) + (-0.38, -0.02, 0.30)[finding.zone]
     if name == "Lung Opacity":  # hazy, no edge
-        _blend(image, mask * 0.65 * (0.5 + 0.5 * a) * np.exp(-blob(cx, cy, 0.30, 0.26) ** 2), 0.62)
+        patch = _step(_ellipse(s, y, cx, cy, 0.42, 0.36) + 0.1 * texture - 0.5, 1.0)
+        _blend(image, mask * (0.3 + 0.35 * a) * patch, 0.62)
     elif name == "Lung Lesion":  # round, sharp
         radius = 0.05 + 0.08 * a
-        _blend(image, mask * 0.85 * _step(1 - blob(cx, cy, radius, radius), 0.3), 0.66)
+        _blend(image, mask * 0.85 * _step(_ellipse(s, y, cx, cy, radius, radius), 0.4), 0.64)
     elif name == "Edema":  # both lungs: butterfly haze and septal lines
-        for other in (chest[-1], chest[1]):
-            haze = np.exp(-(((other["s"] - 0.30) / 0.30) ** 2 + ((y - 0.05) / 0.42) ** 2))
-            lines = 0.25 * np.clip(np.sin(y * 60 + 3 * texture), 0, 1) * _step(other["s"] - 0.45, 0.2)
-            _blend(image, other["mask"] * a * (0.75 * haze + lines), 0.64)
-    elif name == "Consolidation":  # dense, sharp, with dark bronchi
-        patch = mask * _step(1 - blob(cx, cy, 0.20 + 0.16 * a, 0.12 + 0.10 * a) + 0.06 * texture, 0.15)
-        bronchi = _line(s, y, [(0.15, cy - 0.1), (cx, cy), (cx + 0.3, cy + 0.12)], 0.025)
-        _blend(image, patch * (0.92 - 0.45 * bronchi), 0.68)
-    elif name == "Pneumonia":  # several patches
-        patches = sum(np.exp(-blob(cx + rng.normal(0, 0.12), cy + rng.normal(0, 0.11), 0.09, 0.08) ** 2) for _ in range(6))
-        _blend(image, mask * np.clip((0.45 + 0.5 * a) * patches, 0, 0.9), 0.66)
+        for side in chest.lungs.values():
+            haze = np.exp(-((side.s - 0.30) / 0.30) ** 2 - ((y - 0.05) / 0.42) ** 2)
+            lines = np.clip(np.sin(50 * y + 4 * texture), 0, 1) * _step(side.s - 0.5, 0.3)
+            _blend(image, side.mask * a * (0.75 * haze + 0.2 * lines), 0.62)
+    elif name == "Consolidation":  # dense, with dark bronchi
+        ellipse = _ellipse(s, y, cx, cy, 0.20 + 0.16 * a, 0.12 + 0.10 * a)
+        bronchi = _line(s, y, [(0.15, cy - 0.1), (cx, cy), (cx + 0.3, cy + 0.12)], 0.02)
+        _blend(image, mask * _step(ellipse + 0.1 * texture, 0.3) * (0.9 - 0.4 * bronchi), 0.64)
+    elif name == "Pneumonia":  # several soft patches
+        spots = np.stack([rng.normal(cx, 0.12, 6), rng.normal(cy, 0.11, 6)], 1)
+        patches = sum(_step(_ellipse(s, y, *spot, 0.15, 0.13) + 0.1 * texture - 0.35, 1.2)
+                      for spot in spots.tolist())
+        _blend(image, mask * np.clip((0.4 + 0.5 * a) * patches, 0, 0.9), 0.62)
     elif name == "Atelectasis":  # bands above a raised diaphragm
         for k in range(1 + int(3 * a)):
-            y1 = 0.34 - 0.10 * k + rng.uniform(-0.02, 0.02)
-            _blend(image, 0.8 * mask * _line(s, y, [(0.22, y1), (0.68, y1 + rng.uniform(-0.08, 0.03))], 0.02 + 0.012 * a), 0.70)
-    elif name == "Pneumothorax":  # dark rim without vessels, inside it the pleural line
-        depth = outer - s - (0.05 + 0.18 * a) * _step(0.35 - y, 0.9) - 0.10 * a * _step(-0.45 - y, 0.3)
-        _blend(image, mask * _step(-depth), 0.07)
-        _blend(image, mask * 0.7 * _step(0.02 - np.abs(depth), 0.03) * _step(0.3 - y, 0.1), 0.62)
-    elif name == "Pleural Effusion":  # meniscus: highest at the chest wall
-        level = 0.66 - 0.52 * a - 0.55 * np.clip(s - 0.42, 0, 1) + 0.05 * texture * 0.2
-        thorax = _step(outer - s) * _step(s - 0.08) * chest["body"]
-        _blend(image, 0.95 * thorax * _step(y - level, 0.10), 0.70)
-    elif name == "Pleural Other":  # irregular bright rim
-        rim = 0.05 + 0.09 * a + 0.03 * np.sin(9 * y + cx * 20)
-        _blend(image, 0.9 * mask * _step(s - outer + rim, 0.05) * _step(0.45 - np.abs(y + 0.05), 0.2), 0.66)
+            ends = rng.uniform(((0.15, 0.27), (0.55, 0.27)), ((0.30, 0.37), (0.72, 0.37)))
+            band = _line(s, y + 0.1 * k, ends.tolist(), 0.012 + 0.012 * a)
+            _blend(image, mask * band * np.clip(0.6 + 0.15 * texture, 0, 1), 0.64)
+    elif name == "Pneumothorax":  # a dark rim without vessels, inside it the pleural line
+        gap = (0.04 + 0.18 * a) * _step(0.35 - y, 0.9) + 0.10 * a * _step(-0.45 - y, 0.3)
+        depth = outer - s - gap
+        _blend(image, mask * _step(-depth), 0.09)
+        _blend(image, mask * 0.6 * _step(0.014 - np.abs(depth), 0.03) * _step(0.3 - y, 0.1), 0.55)
+    elif name == "Pleural Effusion":  # a meniscus, highest at the chest wall
+        level = 0.66 - 0.52 * a - 0.50 * np.clip(s - 0.42, 0, 1) + 0.01 * texture
+        inside = _step(outer - s, 0.06) * _step(s - 0.08) * chest.body
+        _blend(image, 0.95 * inside * _step(y - level, 0.14), 0.66)
+    elif name == "Pleural Other":  # an irregular bright rim
+        rim = 0.04 + 0.09 * a + 0.03 * np.sin(9 * y + 20 * cx)
+        side = _step(s - outer + rim, 0.06) * _step(0.45 - np.abs(y + 0.05), 0.3)
+        _blend(image, 0.85 * mask * side, 0.62)
 
 
-def _draw_bones(chest, found):
-    rng, x, y, u, image = (chest[k] for k in ("rng", "x", "y", "u", "image"))
-    slope = y - 0.42 * u + 0.55 * np.clip(u - 0.55, 0, 1) ** 2 * 2
-    phase = slope * rng.uniform(4.3, 4.9) + rng.uniform(0, 1)
-    cage = _step(0.86 * np.sqrt(np.clip(1 - ((y - 0.3) / 1.22) ** 2, 0, 1)) - u, 0.08) * _step(0.62 - y, 0.2) * _step(u - 0.1, 0.2)
-    if "Fracture" in found:  # the outer part of some ribs is displaced, with a bright edge
-        finding = found["Fracture"]
-        s, a = finding["side"] * x, finding["amount"]
-        cy, cx = rng.uniform(-0.25, 0.20), rng.uniform(0.50, 0.62)
-        near = _step(0.14 + 0.14 * a - np.abs(y - cy), 0.06)
-        phase = phase + (0.35 + 0.15 * a) * near * _step(s - cx, 0.03)
-        _blend(image, 0.5 * (0.5 + 0.5 * a) * near * _step(0.035 - np.abs(s - cx), 0.03), 0.85)
+def _draw_bones(chest, fracture):
+    rng, y, u, image = chest.rng, chest.y, chest.u, chest.image
+    phase = (y - 0.42 * u + 1.1 * np.clip(u - 0.55, 0, 1) ** 2) * rng.uniform(4.3, 4.9) + rng.random()
+    wall = 0.86 * np.sqrt(np.clip(1 - ((y - 0.3) / 1.22) ** 2, 0, 1))
+    cage = _step(wall - u, 0.08) * _step(0.62 - y, 0.2) * _step(u - 0.1, 0.2)
+    if fracture:  # the outer parts of some ribs are displaced, with a bright edge
+        s, cy, cx = fracture.side * chest.x, rng.uniform(-0.25, 0.20), rng.uniform(0.50, 0.62)
+        near = _step(0.14 + 0.14 * fracture.amount - np.abs(y - cy), 0.06)
+        phase = phase + (0.35 + 0.15 * fracture.amount) * near * _step(s - cx, 0.03)
+        edge = near * _step(0.03 - np.abs(s - cx), 0.03)
+        _blend(image, (0.25 + 0.25 * fracture.amount) * edge, 0.85)
     image += 0.11 * cage * np.clip(np.cos(2 * np.pi * phase), 0, 1) ** 1.5
-    for side in (-1, 1):  # collar bones
-        _blend(image, 0.45 * _line(side * x, y, [(0.08, -0.62), (0.42, -0.70), (0.80, -0.82)], 0.035), 0.80)
-    image += 0.05 * _step(0.06 - u) * np.cos(y * 28) * chest["body"]  # spine
-
-
-def _draw_device(chest, kind):
-    x, y, image = chest["x"], chest["y"], chest["image"]
-    if kind == 0:
-        _blend(image, _step(0.10 - np.maximum(np.abs(x - 0.55), np.abs(y + 0.55) * 1.2), 0.03), 1.0)
-        _blend(image, _line(x, y, [(0.5, -0.5), (0.2, -0.42), (0.02, -0.1), (0.0, 0.3), (0.22, 0.5)], 0.022), 1.0)
-    elif kind == 1:
-        _blend(image, _line(x, y, [(-0.22, -0.98), (-0.15, -0.6), (-0.10, -0.2), (-0.08, 0.12)], 0.024), 1.0)
-    elif kind == 2:
-        _blend(image, _line(x, y, [(0.01, -1), (0.0, -0.6), (0.02, -0.28)], 0.034), 0.97)
-    elif kind == 3:
-        _blend(image, _line(x, y, [(0.02, -1), (0.03, 0.2), (0.10, 0.62), (0.3, 0.72)], 0.024), 0.95)
-    else:
-        for k in range(6):
-            _blend(image, _step(1 - np.sqrt((x / 0.06) ** 2 + ((y + 0.45 - 0.17 * k) / 0.035) ** 2), 0.4), 1.0)
+    for side in (-1, 1):
+        collar = _line(side * chest.x, y, [(0.08, -0.62), (0.42, -0.70), (0.80, -0.82)], 0.03)
+        _blend(image, 0.4 * collar, 0.78)
+    image += 0.05 * _step(0.06 - u) * np.cos(28 * y) * chest.body  # spine
 
 
 def make_phantom(folder, studies=3000, size=64, seed=0, normal_fraction=0.45, duplicates=0):
-    """Draws the phantom into a folder -> path of its raw phantom.jsonl; reused if the same one is there already.
+    """Draws the phantom into a folder -> path of its raw phantom.jsonl; reused if it is there already.
 
-    studies, and duplicates more normal training studies with one identical sentence (Tab. 3's imbalance);
-    size in pixels; normal_fraction of the studies have a Tab. 1 template at that table's frequencies.
+    studies: normal_fraction of them have one of Tab. 1's templates at that table's frequencies;
+    duplicates: more normal training studies with one identical sentence (Tab. 3); size in pixels.
     """
-    folder = Path(folder)
-    settings = dict(studies=studies, size=size, seed=seed, normal_fraction=normal_fraction, duplicates=duplicates)
-    settings["generator"] = PHANTOM_VERSION
-    manifest, note = folder / "phantom.jsonl", folder / "phantom.json"
-    if manifest.exists() and note.exists() and json.loads(note.read_text()) == settings:
-        return manifest
-    folder.mkdir(parents=True, exist_ok=True)
-    note.unlink(missing_ok=True)
-    write_manifest("phantom", phantom_records(folder, studies, size, seed, normal_fraction, duplicates), folder, manifest)
-    with open_atomic(note) as file:
-        json.dump(settings, file)
+    arguments = dict(studies=studies, size=size, seed=seed, normal_fraction=normal_fraction,
+                     duplicates=duplicates)
+    manifest, note, text = (Path(folder) / "phantom.jsonl", Path(folder) / "phantom.json",
+                            json.dumps(arguments | {"version": 3}))
+    if not (manifest.exists() and note.exists() and note.read_text() == text):
+        manifest.parent.mkdir(parents=True, exist_ok=True)
+        note.unlink(missing_ok=True)
+        write_manifest("phantom", phantom_records(folder, **arguments), folder, manifest)
+        with open_atomic(note) as file:
+            file.write(text)
     return manifest
 
 
-PHANTOM_VERSION = 1
-
-# ---------------------------------------------------------------- builders: shared parts
+# ---------------------------------------------------------------- builders: what they share
 
 
 class Images:
-    """Image files below a root, found by relative path or by name; nothing is ever opened."""
+    """Image files below a root, found by relative path or by name; none is ever opened."""
 
-    SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm")
+    SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
 
     def __init__(self, root):
         self.root, self.stems = Path(root), None
 
     def path(self, *candidates):
-        """The first of these relative paths that is there (in any image format), else None."""
-        for candidate in candidates:
-            for suffix in (Path(candidate).suffix, *self.SUFFIXES):
-                path = Path(candidate).with_suffix(suffix)
-                if (self.root / path).is_file():
-                    return path.as_posix()
+        """The first of these relative paths that is there, in any format, else None."""
+        for path in map(Path, candidates):
+            for suffix in (path.suffix, *self.SUFFIXES):
+                if (self.root / path.with_suffix(suffix)).is_file():
+                    return path.with_suffix(suffix).as_posix()
         return None
 
     def name(self, name):
-        """The relative path of the file with this name, whatever its folder and format, else None."""
+        """The relative path of the file of this name in any folder and format (DICOM last), else None."""
         if self.stems is None:
-            self.stems = {}
-            for folder, folders, files in os.walk(self.root):
-                folders.sort()
-                for file in sorted(files, key=lambda f: f.lower().endswith(".dcm")):
-                    if file.lower().endswith(self.SUFFIXES):
-                        self.stems.setdefault(stem(file), os.path.relpath(os.path.join(folder, file), self.root))
+            files = (Path(folder, f) for folder, _, files in os.walk(self.root) for f in files)
+            files = [path for path in files if path.suffix.lower() in self.SUFFIXES]
+            files.sort(key=lambda path: (path.suffix.lower() in (".dcm", ".dicom"), path))
+            self.stems = {stem(path): path.relative_to(self.root).as_posix() for path in files[::-1]}
         return self.stems.get(stem(name))
 
 
-def stem(name):
-    """File name without folder and endings; OpenI's two namings (CXR2_IM-1.png, 2_IM-1.dcm.png) become one."""
-    name = re.sub(r"(\.(dcm|dicom|png|jpe?g))+$", "", os.path.basename(name), flags=re.IGNORECASE)
+def stem(path):
+    """File name without endings; OpenI's CXR2_IM-1.png and 2_IM-1.dcm.png are one image."""
+    name = re.sub(r"(\.(dcm|dicom|png|jpe?g))+$", "", os.path.basename(path), flags=re.IGNORECASE)
     return re.sub(r"^CXR(\d+_)?(?=\d+_IM)", "", name)
 
 
+def study(name, official, image, patient, split, **fields):
+    """A record with "study" in place of "id"; image is None if the official one is not there."""
+    return {"study": name, "image": image or official, "there": image is not None,
+            "patient": patient, "split": split, **{k: v for k, v in fields.items() if v is not None}}
+
+
 def find_file(root, *names, required=True):
-    """The first of these files (glob patterns, plain or .gz) in root or one folder below; ValueError lists them."""
+    """The first of these files, plain or .gz, in root or one folder below; ValueError if none."""
     for name in names:
         for pattern in (name, f"{name}.gz", f"*/{name}", f"*/{name}.gz"):
-            hits = sorted(Path(root).glob(pattern))
-            if hits:
-                return hits[0]
+            for hit in sorted(Path(root).glob(pattern)):
+                return hit
     if required:
         raise ValueError(f"{root}: expected the file {' or '.join(names)} (or .gz)")
     return None
 
 
-def open_text(path):
-    opened = gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb")
-    return io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
-
-
 def read_table(path, *columns):
-    """Rows of a CSV as ("FILE:LINE", dict), names and values stripped; ValueError if a column is not there."""
+    """Rows of a CSV as ("FILE:LINE", dict), names and values stripped; ValueError names file and line."""
     csv.field_size_limit(1 << 27)
     line = 1
     try:
-        with open_text(path) as file:
-            rows = csv.reader(file)
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as raw:
+            rows = csv.reader(io.TextIOWrapper(raw, encoding="utf-8-sig", newline=""))
             header = [name.strip() for name in next(rows, [])]
-            absent = [name for name in columns if name not in header]
-            if absent:
-                raise ValueError(f"expected the columns {', '.join(columns)}; {', '.join(absent)} not there")
-            for row in rows:
+            if not set(columns) <= set(header):
+                raise ValueError(f"{path}:1: expected the columns {', '.join(columns)}")
+            for row in filter(None, rows):
                 line = rows.line_num
-                if not row:
-                    continue
-                values = [value.strip() for value in row]
-                if len(values) < len(header) or any(values[len(header):]):
-                    raise ValueError(f"expected {len(header)} fields, got {len(values)}")
-                yield f"{path}:{line}", dict(zip(header, values, strict=False))
+                if len(row) < len(header) or any(row[len(header):]):
+                    raise ValueError(f"{path}:{line}: expected {len(header)} fields, got {len(row)}")
+                yield f"{path}:{line}", {k: v.strip() for k, v in zip(header, row, strict=False)}
     except UnicodeDecodeError:
-        raise ValueError(f"{path}:{line}: expected UTF-8 text after this line") from None
-    except (csv.Error, EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}:{line}: expected UTF-8 after this line") from None
+    except (csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}:{line}: expected a complete CSV file ({error})") from None
 
 
-def join_sections(findings, impression):
-    return " ".join(f"{findings or ''} {impression or ''}".split())
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError:
+        raise ValueError(f"{path}:1: expected one JSON document in UTF-8") from None
 
 
-CLASS_NAMES = {name.lower(): name for name in CONDITIONS} | {"effusion": "Pleural Effusion", "normal": "No Finding"}
+VALUES = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": -1, "-1.0": -1, "": None, "none": None, "nan": None}
+CLASS_NAMES = ({name.lower(): name for name in CONDITIONS}
+               | {"effusion": "Pleural Effusion", "normal": "No Finding"})
+
+
+def label(where, value):
+    """1, 0, -1, or None if blank."""
+    value = str(value).strip().lower()
+    if value not in VALUES:
+        raise ValueError(f"{where}: expected a label 1, 0, -1 or blank")
+    return VALUES[value]
+
+
+def conditions_of(where, row):
+    """CheXpert's 14 columns -> labels by name, blanks left out."""
+    values = {name: label(where, row.get(name, "")) for name in CONDITIONS}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def class_name(name):
@@ -740,209 +726,576 @@ def class_name(name):
     return CLASS_NAMES.get(name.lower(), name)
 
 
-def write_manifest(name, records, root, out, keep_missing=True, skipped=None, images=None):
-    """Writes records (with "study" in place of "id"), leaves out missing images, prints the aligned summary."""
-    skipped = Counter() if skipped is None else skipped
+def join_text(*sections):
+    return " ".join(" ".join(text or "" for text in sections).split())
+
+
+def permuted(items, share):
+    """scikit-learn's train_test_split(items, test_size=share, random_state=0) -> rest, first."""
+    order = np.random.RandomState(0).permutation(len(items))  # noqa: NPY002 (published splits use it)
+    first = -int(-len(items) * share // 1)
+    return [items[k] for k in order[first:]], [items[k] for k in order[:first]]
+
+
+def glorias_split(items):
+    """GLoRIA's 70/15/15 split -> the split of each item, in order; its first return is the test half."""
+    train, rest = permuted(range(len(items)), 0.3)
+    test, val = permuted(rest, 0.5)
+    part = dict.fromkeys(train, "train") | dict.fromkeys(val, "val") | dict.fromkeys(test, "test")
+    return [part[k] for k in range(len(items))]
+
+
+def write_manifest(name, records, root, out, keep_missing=False, skipped=None):
+    """Writes the records that have an image (or all) -> the aligned summary."""
     root, seen, counts, patients = Path(root).resolve(), set(), Counter(), {}
-    missing = 0
+    missing = f"image not there ({'kept' if keep_missing else 'left out'})"
     with open_atomic(out) as file:
-        for record in records:
-            study = record.pop("study")
-            key = f"{name}/{study}/{stem(record['image'])}" if study in seen else f"{name}/{study}"
-            seen.add(study)
+        for record in tqdm(records, name, unit=" studies", disable=None):
+            key = record.pop("study")
+            identity = f"{name}/{key}/{stem(record['image'])}" if key in seen else f"{name}/{key}"
+            seen.add(key)
             there = record.pop("there", True)
-            missing += not there
-            if not there and not keep_missing:
-                continue
-            counts[record["split"]] += 1
-            patients.setdefault(record["patient"], set()).add(record["split"])
-            file.write(json.dumps({"id": key, "root": str(root), **record}, ensure_ascii=False) + "\n")
-        if not counts:
-            raise ValueError(f"{root}: expected the images of {name} in this folder; none of {missing} is there "
-                             "(--keep-missing keeps studies without images)")
+            counts[missing] += not there
+            if there or keep_missing:
+                counts["studies"] += 1
+                counts[record["split"]] += 1
+                patients.setdefault(record["patient"], set()).add(record["split"])
+                line = {"id": identity, "root": str(root), **record}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        skipped = {f"skipped: {why}": n for why, n in (skipped or {}).items()}
+        if not counts["studies"]:
+            raise ValueError(f"{root}: expected the images of {name} in this folder; {counts[missing]} "
+                             f"not there (--keep-missing keeps such studies) {skipped or ''}")
     shared = sum(len(splits) > 1 for splits in patients.values())
-    rows = [("studies", sum(counts.values())), *((s, counts[s]) for s in SPLITS), ("patients", len(patients)),
-            ("patients in two splits", shared), (f"image not there ({'kept' if keep_missing else 'left out'})", missing),
-            *((f"skipped: {why}", n) for why, n in skipped.items())]
-    width = max(len(label) for label, _ in rows)
-    print(f"{name} -> {out}")
-    for label, number in rows:
-        print(f"  {label:<{width}}  {number:>9,}")
+    return aligned({key: counts[key] for key in ("studies", *SPLITS, missing)}
+                   | {"patients": len(patients), "patients in two splits": shared} | skipped)
 
 
-# ---------------------------------------------------------------- builders: one per data set (Sec. 5.1)
+def aligned(rows):
+    width = max(map(len, rows))
+    return "\n".join(f"  {name:<{width}}  {n:>9,}" for name, n in rows.items())
 
-MESH = {"Pulmonary Atelectasis": "Atelectasis", "Cardiomegaly": "Cardiomegaly", "Pleural Effusion": "Pleural Effusion",
-        "Infiltrate": "Infiltration", "Mass": "Mass", "Nodule": "Nodule", "Pneumonia": "Pneumonia",
-        "Pneumothorax": "Pneumothorax", "Consolidation": "Consolidation", "Pulmonary Edema": "Edema",
-        "Emphysema": "Emphysema", "Pulmonary Emphysema": "Emphysema", "Pulmonary Fibrosis": "Fibrosis",
-        "Thickening": "Pleural Thickening", "Hernia, Hiatal": "Hernia", "normal": "No Finding"}
+
+# ---------------------------------------------------------------- builders: one a data set (Sec. 5.1)
+
+MESH = {"Pulmonary Atelectasis": "Atelectasis", "Cardiomegaly": "Cardiomegaly", "Mass": "Mass",
+        "Pleural Effusion": "Pleural Effusion", "Infiltrate": "Infiltration", "Nodule": "Nodule",
+        "Pneumonia": "Pneumonia", "Pneumothorax": "Pneumothorax", "Consolidation": "Consolidation",
+        "Pulmonary Edema": "Edema", "Emphysema": "Emphysema", "Pulmonary Emphysema": "Emphysema",
+        "Bullous Emphysema": "Emphysema", "Pulmonary Fibrosis": "Fibrosis", "Fibrosis": "Fibrosis",
+        "Thickening/pleura": "Pleural Thickening", "Hernia, Hiatal": "Hernia", "normal": "No Finding"}
 
 
 def build_openi(root, args, skipped):
-    """OpenI: Kaggle's two tables, else the official XML; targets from the human MeSH indexing."""
-    images = Images(root)
-    kaggle = find_file(root, "indiana_reports.csv", required=False)
-    studies = _openi_kaggle(kaggle, root) if kaggle else _openi_xml(root)
-    for uid, names, sections, mesh in studies:
-        report = join_sections(*sections)
+    """OpenI: Kaggle's two tables, else the official XML; targets from the human MeSH indexing"""
+    images, kaggle = Images(root), find_file(root, "indiana_reports.csv", required=False)
+    for uid, names, report, mesh in _openi_kaggle(kaggle, root) if kaggle else _openi_xml(root):
         if not names or not report:
-            skipped["no frontal image listed" if not names else "neither findings nor impression"] += 1
+            skipped["neither findings nor impression" if names else "no frontal image listed"] += 1
             continue
-        tags = {tag.split("/")[0].strip() for tag in mesh}
-        fields = {"patient": uid, "split": split_of(uid), "report": report}
-        if "No Indexing" not in tags:
-            found = {MESH.get(tag) for tag in tags}
-            fields["targets"] = {name: int(name in found) for name in dict.fromkeys(MESH.values())}
+        parts = [tag.strip().split("/") for tag in mesh]
+        found = {MESH.get("/".join(part[:k])) for part in parts for k in (1, 2)}
+        indexed = ["No Indexing"] not in parts  # else nobody looked for findings
+        targets = {name: int(name in found) for name in MESH.values()} if indexed else None
         for name in names:
-            path = images.name(name)
-            yield {"study": uid, "image": path or name, "there": path is not None, **fields}
+            yield study(uid, name, images.name(name), uid, split_of(uid), report=report, targets=targets)
 
 
 def _openi_kaggle(reports, root):
-    frontal = {}
-    for where, row in read_table(find_file(root, "indiana_projections.csv"), "uid", "filename", "projection"):
+    frontal, views = {}, find_file(root, "indiana_projections.csv")
+    for where, row in read_table(views, "uid", "filename", "projection"):
         if row["projection"] not in ("Frontal", "Lateral"):
             raise ValueError(f"{where}: expected projection Frontal or Lateral")
         if row["projection"] == "Frontal":
             frontal.setdefault(row["uid"], []).append(f"images/{row['filename']}")
     for _, row in read_table(reports, "uid", "MeSH", "findings", "impression"):
-        yield row["uid"], frontal.get(row["uid"], []), (row["findings"], row["impression"]), row["MeSH"].split(";")
+        report = join_text(row["findings"], row["impression"])
+        yield row["uid"], frontal.get(row["uid"], []), report, row["MeSH"].split(";")
 
 
 def _openi_xml(root):
     for name, data in _openi_files(root):
         tree = parse_xml(name, data)
-        sections = {node.get("Label"): node.text for node in tree.iter("AbstractText")}
-        uid = (tree.find(".//uId").get("id") if tree.find(".//uId") is not None else Path(name).stem).removeprefix("CXR")
-        names = [f"{node.get('id')}.png" for node in tree.iter("parentImage")][:1]  # the view is unknown: the first one
-        mesh = [node.text or "" for node in tree.iterfind(".//MeSH/major")]
-        yield uid, names, (sections.get("FINDINGS"), sections.get("IMPRESSION")), mesh
+        text = {node.get("Label"): node.text for node in tree.iter("AbstractText")}
+        names = [f"{node.get('id')}.png" for node in tree.iter("parentImage")]
+        uid = tree.find("uId")
+        if uid is None or not uid.get("id"):
+            raise ValueError(f"{name}: expected a uId with an id")
+        yield (uid.get("id").removeprefix("CXR"), names[:1],  # the view is unknown: the first image
+               join_text(text.get("FINDINGS"), text.get("IMPRESSION")),
+               [node.text or "" for node in tree.iterfind("MeSH/major")])
 
 
 def _openi_files(root):
-    folder = next((f for f in (Path(root) / "ecgen-radiology", Path(root)) if any(f.glob("*.xml"))), None)
-    if folder is not None:
-        for path in sorted(folder.glob("*.xml"), key=lambda p: (len(p.stem), p.stem)):
-            with open(path, "rb") as file:
-                yield str(path), file.read(MAX_XML_BYTES + 1)
-        return
-    archive = find_file(root, "NLMCXR_reports.tgz")
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            if member.isfile() and member.name.endswith(".xml"):
-                yield f"{archive}:{member.name}", tar.extractfile(member).read(MAX_XML_BYTES + 1)
+    folders = (Path(root) / "ecgen-radiology", Path(root))
+    files = next(filter(None, (list(folder.glob("*.xml")) for folder in folders)), ())
+    for path in sorted(files, key=lambda path: (len(path.stem), path.stem)):
+        with open(path, "rb") as file:
+            yield str(path), file.read(MAX_XML_BYTES + 1)
+    if not files:
+        archive = find_file(root, "NLMCXR_reports.tgz")
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                if member.isfile() and member.name.endswith(".xml"):
+                    yield f"{archive}:{member.name}", tar.extractfile(member).read(MAX_XML_BYTES + 1)
 
 
 def parse_xml(name, data):
-    """XML bytes -> root element; a DOCTYPE, a size over MAX_XML_BYTES and broken XML are refused."""
+    """XML bytes -> root; a DOCTYPE, more than MAX_XML_BYTES and broken XML are a ValueError."""
     def refuse(*_):
         raise ValueError(f"{name}: expected XML without a DOCTYPE")
 
     if len(data) > MAX_XML_BYTES:
         raise ValueError(f"{name}: expected at most {MAX_XML_BYTES} bytes of XML")
-    builder, parser = TreeBuilder(), expat.ParserCreate()
+    tree, parser = TreeBuilder(), expat.ParserCreate()
     parser.StartDoctypeDeclHandler = refuse
-    parser.StartElementHandler = builder.start
-    parser.EndElementHandler = builder.end
-    parser.CharacterDataHandler = builder.data
+    parser.StartElementHandler, parser.EndElementHandler = tree.start, tree.end
+    parser.CharacterDataHandler = tree.data
     try:
         parser.Parse(data, True)
     except expat.ExpatError as error:
         raise ValueError(f"{name}:{error.lineno}: expected well-formed XML") from None
-    return builder.close()
+    return tree.close()
+
+
+HEADING = re.compile(r"^[ \t]*([A-Z][A-Z ()/,-]+):(?=\s)", re.MULTILINE)  # of a MIMIC-CXR report
+
+
+def parse_report(text):
+    """The findings and the impression of a MIMIC-CXR report, "" where there is no such section."""
+    parts = HEADING.split(text)[1:]
+    sections = list(zip(parts[::2], parts[1::2], strict=True))
+    return [join_text(*(body for heading, body in sections if heading.startswith(names)))
+            for names in (("FINDING",), ("IMPRESSION", "CONCLUSION"))]
+
+
+def build_mimic(root, args, skipped):
+    """MIMIC-CXR-JPG: split, metadata and chexpert tables, .txt reports; frontal views"""
+    file = {key: find_file(root, f"mimic-cxr-2.*-{key}.csv") for key in ("split", "metadata", "chexpert")}
+    splits = {row["dicom_id"]: row["split"].replace("validate", "val")
+              for _, row in read_table(file["split"], "dicom_id", "split")}
+    labels = {row["study_id"]: conditions_of(where, row)
+              for where, row in read_table(file["chexpert"], "study_id", *CONDITIONS)}
+    images, last, report = Images(root), None, None
+    columns = ("dicom_id", "subject_id", "study_id", "ViewPosition")
+    for where, row in read_table(file["metadata"], *columns):
+        name, subject, number, view = (row[column] for column in columns)
+        folder = f"files/p{subject[:2]}/p{subject}/s{number}"
+        if view not in ("PA", "AP"):
+            skipped["view not PA or AP"] += 1
+            continue
+        if splits.get(name) not in SPLITS:
+            raise ValueError(f"{where}: expected its dicom_id in {file['split']}, "
+                             "with split train, validate or test")
+        if number != last:
+            places = (Path(root) / base / f"{folder}.txt" for base in ("", "mimic-cxr-reports", "reports"))
+            path, last = next((path for path in places if path.is_file()), None), number
+            report = path and join_text(*parse_report(path.read_text("utf-8", "replace")))
+        if not report:
+            skipped["no report file" if report is None else "neither findings nor impression"] += 1
+            continue
+        image = f"{folder}/{name}.jpg"
+        yield study(name, image, images.path(image), subject, splits[name], report=report,
+                    labels=labels.get(number, {}))
+
+
+def build_chexpert_plus(root, args, skipped):
+    """CheXpert Plus: its CSV, CheXbert labels and RadGraph-XL graphs; frontal views"""
+    parts, images = ("findings", "impression"), Images(root)
+    labels = [{row["path_to_image"]: conditions_of(f"{file}:{line}", row) for line, row in read_jsonl(file)}
+              for part in parts
+              if (file := find_file(root, f"chexbert_labels/{part}_fixed.json", required=False))]
+    files = {part: find_file(root, f"radgraph-XL-annotations/section_{part}.json", required=False)
+             for part in parts}
+    graphs = {part: iter(read_json(file)) for part, file in files.items() if file}
+    columns = ("path_to_image", "frontal_lateral", "deid_patient_id", "split")
+    for where, row in read_table(find_file(root, "df_chexpert_plus_*.csv"), *columns,
+                                 *(f"section_{part}" for part in parts)):
+        own = [next(graphs[part], None) for part in graphs  # listed for sections of two words or more
+               if len(row[f"section_{part}"].split()) >= 2]
+        if None in own:
+            raise ValueError(f"{where}: expected a graph for each section; {files} end before this row")
+        path, view, patient, split = (row[column] for column in columns)
+        report = join_text(row["section_findings"], row["section_impression"])
+        if view != "Frontal" or not report:
+            skipped["neither findings nor impression" if view == "Frontal" else "not frontal"] += 1
+            continue
+        found = merge_labels(*(table.get(path, {}) for table in labels)) if labels else None
+        yield study("/".join(Path(path).parts[-3:-1]), path, images.path(path, f"PNG/{path}"), patient,
+                    split.replace("valid", "val"), report=report, labels=found,
+                    graph=merge_graphs(own) if own else None)
+    for part in graphs:
+        if next(graphs[part], None) is not None:
+            raise ValueError(f"{files[part]}: expected one graph a section, got more")
+
+
+def merge_labels(*sections):
+    """Labels of a report from those of its sections: positive over uncertain over negative."""
+    order, both = (0, -1, 1), {}
+    for name, value in (item for labels in sections for item in labels.items()):
+        both[name] = max(both.get(name, 0), value, key=order.index)
+    if any(both.get(name) in (1, -1) for name in CONDITIONS[:-2]):  # support devices aside
+        both.pop("No Finding", None)
+    return both
+
+
+def merge_graphs(records):
+    """RadGraph records of consecutive sections -> one record."""
+    words, entities = [], {}
+    for record in (record.get("0", record) for record in records):
+        shift = len(entities)
+        for key, entity in record["entities"].items():
+            entities[str(int(key) + shift)] = entity | {
+                "start_ix": entity["start_ix"] + len(words), "end_ix": entity["end_ix"] + len(words),
+                "relations": [[kind, str(int(to) + shift)] for kind, to in entity["relations"]]}
+        words += record["text"].split(" ")
+    return {"text": " ".join(words), "entities": entities}
+
+
+def build_chexpert5x200(root, args, skipped):
+    """CheXpert 5x200: GLoRIA's chexpert_5x200.csv (drawn without a seed) beside CheXpert's images"""
+    images = Images(root)
+    names = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
+    file = find_file(root, "chexpert_5x200.csv", "chexpert_8x200.csv")
+    for where, row in read_table(file, "Path", *names):
+        path, short = row["Path"], row["Path"].split("/", 1)[-1]
+        patient, number = (*Path(path).parts[:-1], "", "")[-4:-2]
+        there = images.path(path, short, f"CheXpert-v1.0/{short}", f"CheXpert-v1.0-small/{short}")
+        yield study(f"{patient}/{number}", path, there, patient, "test",
+                    targets={name: label(where, row[name]) or 0 for name in names},
+                    report=join_text(row.get("Report Impression")) or None)
+
+
+def build_rsna(root, args, skipped):
+    """RSNA pneumonia: stage_2_train_labels.csv with GLoRIA's split (rsna-ab: without class Normal)"""
+    found, normal, images = {}, set(), Images(root)
+    for where, row in read_table(find_file(root, "stage_2_train_labels.csv"), "patientId", "Target"):
+        name = row["patientId"]
+        found[name] = max(found.get(name, 0), label(where, row["Target"]) or 0)
+    if args.command == "rsna-ab":
+        classes = ("Normal", "No Lung Opacity / Not Normal", "Lung Opacity")
+        file = find_file(root, "stage_2_detailed_class_info.csv")
+        for where, row in read_table(file, "patientId", "class"):
+            if row["class"] not in classes:
+                raise ValueError(f"{where}: expected class {', '.join(classes)}")
+            normal |= {row["patientId"]} if row["class"] == "Normal" else set()
+    names = sorted(found)
+    for name, split in zip(names, glorias_split(names), strict=True):
+        if name in normal:
+            skipped["class Normal"] += 1
+            continue
+        yield study(name, f"stage_2_train_images/{name}.dcm", images.name(name), name, split,
+                    targets={"Pneumonia": found[name]})
+
+
+def build_siim(root, args, skipped):
+    """SIIM pneumothorax: masks to labels, one line an image, GLoRIA's shares"""
+    rows, found, images = [], {}, Images(root)
+    file = find_file(root, "train-rle.csv", "stage_2_train.csv", "*train-rle.csv")
+    for _, row in read_table(file, "ImageId", "EncodedPixels"):
+        rows.append(row["ImageId"])
+        found[rows[-1]] = max(found.get(rows[-1], 0), int(row["EncodedPixels"] not in ("", "-1")))
+    # ASSUMPTION: SIIM is split by image, in the order of sorted ids, so that no image leaks into test.
+    names = rows if args.glorias_rows else sorted(found)
+    for k, (name, split) in enumerate(zip(names, glorias_split(names), strict=True)):
+        yield study(f"{name}/{k}" if args.glorias_rows else name, f"dicom-images-train/{name}.dcm",
+                    images.name(name), name, split, targets={"Pneumothorax": found[name]})
+
+
+def build_vindr(root, args, skipped):
+    """VinDr-CXR: consensus for test, any reader for train; Kaggle's train.csv is split by hash"""
+    images, official = Images(root), find_file(root, "image_labels_test.csv", required=False)
+    for part in ("train", "test") if official else ("train",):
+        file = find_file(root, f"image_labels_{part}.csv" if official else "train.csv")
+        found = _vindr_labels(file, official)
+        names = sorted(found)
+        # ASSUMPTION: VinDr's val is CXR-CLIP's 20 % of the train images, drawn from the sorted ids.
+        val = set(permuted(names, 0.2)[1]) if part == "train" else ()
+        for name in names:
+            targets = found[name] | {"No Finding": int(not any(found[name].values()))}
+            split = ("val" if name in val else part) if official else split_of(name)
+            yield study(name, f"{part}/{name}.dicom", images.name(name), name, split, targets=targets)
+
+
+def _vindr_labels(file, official):
+    """image id -> 0 or 1 of every finding: 1 if any reader marked it."""
+    found, classes = {}, {}
+    for where, row in read_table(file, "image_id", "No finding" if official else "class_name"):
+        own = found.setdefault(row.pop("image_id"), set())
+        marks = row.items() if official else [(row["class_name"], 1)]
+        marks = {class_name(name): label(where, value) for name, value in marks if name != "rad_ID"}
+        own |= {name for name, value in marks.items() if value == 1}
+        classes |= marks
+    return {image: {name: int(name in own) for name in classes if name != "No Finding"}
+            for image, own in found.items()}
+
+
+CXR14 = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
+         "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening",
+         "Hernia", "No Finding")
+
+
+def build_cxr14(root, args, skipped):
+    """ChestX-ray14: Data_Entry_2017 with the official lists, else split by patient"""
+    images, pairs = Images(root), probmed_pairs(args.probmed) if args.probmed else None
+    lists = [find_file(root, f"{name}_list.txt", required=False) for name in ("train_val", "test")]
+    known, test = ({stem(line.strip()) for line in open(f)} if f else set() for f in lists)
+    if not all(lists):
+        print("train_val_list.txt or test_list.txt not there: split by patient, not the official split")
+    file = find_file(root, "Data_Entry_2017_v2020.csv", "Data_Entry_2017*.csv")
+    for where, row in read_table(file, "Image Index", "Finding Labels", "Patient ID"):
+        own, name, patient = row["Finding Labels"].split("|"), stem(row["Image Index"]), row["Patient ID"]
+        if not set(own) <= set(CXR14):
+            raise ValueError(f"{where}: expected Finding Labels out of {', '.join(CXR14)}")
+        if all(lists) and name not in known | test:
+            raise ValueError(f"{where}: expected its image in train_val_list.txt or test_list.txt")
+        if pairs is not None and name not in pairs:
+            skipped["not among ProbMed's images"] += 1
+            continue
+        split = split_of(patient)
+        if all(lists):
+            split = "test" if name in test else "val" if split == "val" else "train"
+        yield study(name, f"images/{row['Image Index']}", images.name(name), patient, split,
+                    targets={class_name(c): int(c in own) for c in CXR14}, **(pairs or {}).get(name, {}))
+
+
+def probmed_pairs(path):
+    """ProbMed's test.json -> per image its question pairs and the classes its entity pairs ask for."""
+    def asked_class(question):
+        text = question.lower().replace("_", " ")
+        hits = [name for name in CXR14 if name.lower().replace("_", " ") in text]
+        return class_name(max(hits, key=len)) if hits else None
+
+    asked, out = {}, {}
+    for k, item in enumerate(read_json(path)):
+        if not isinstance(item, dict) or not {"image", "qa_type", "question", "answer"} <= item.keys():
+            raise ValueError(f"{path}: expected image, qa_type, question and answer in entry {k}")
+        asked.setdefault(stem(item["image"]), {})[item["qa_type"]] = item["question"]
+    for image, own in asked.items():
+        pairs = {kind: (question, own[kind.replace("_gt", "_hallu")]) for kind, question in own.items()
+                 if "_gt" in kind and kind.replace("_gt", "_hallu") in own}
+        classes = [[*map(asked_class, pairs[kind])] for kind in pairs if kind.startswith("entity")]
+        out[image] = {"questions": pairs, "adversarial": [pair for pair in classes if all(pair)]}
+    return out
+
+
+def build_cxr_align(root, args, skipped):
+    """CXR-Align's cxr-align.json (Sec. 3) beside its images"""
+    images, file = Images(root), find_file(root, "cxr-align.json")
+    for source, items in read_json(file).items():
+        for k, (name, item) in enumerate(items.items()):
+            texts = [item.get(key) for key in ("report", "negation", "omitted")]
+            condition = CLASS_NAMES.get(str(item.get("chosen")).lower())
+            if condition is None or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{file}: expected chosen, report, negation and omitted as text in "
+                                 f"{source}, entry {k}")
+            path = images.name(name)
+            patient = re.search(r"/p(\d{8})/", path or "")  # in MIMIC-CXR-JPG's folders
+            negative = {"condition": condition, "omitted": texts[2], "report": texts[1],
+                        "position": item.get("location")}
+            yield study(name, f"images/{name}.jpg", path, patient[1] if patient else name, "test",
+                        report=texts[0], hard_negatives=[negative])
 
 
 def build_phantom(root, args, skipped):
-    """The embedded default: drawn chests and their reports."""
-    return phantom_records(root, args.studies, args.size, args.seed, args.normal_fraction, args.duplicates)
+    """Drawn chests with matching reports: the embedded default, no patient's data"""
+    return phantom_records(root, args.studies, args.size, args.seed, args.normal_fraction,
+                           args.duplicates)
 
 
-BUILDERS = {"openi": build_openi, "phantom": build_phantom}
+BUILDERS = {"openi": build_openi, "mimic": build_mimic, "chexpert-plus": build_chexpert_plus,
+            "chexpert5x200": build_chexpert5x200, "rsna": build_rsna, "rsna-ab": build_rsna,
+            "siim": build_siim, "vindr": build_vindr, "cxr14": build_cxr14,
+            "cxr-align": build_cxr_align, "phantom": build_phantom}
 
 # ---------------------------------------------------------------- check, cache, sheet
 
 
-def check(path, image_root=None, workers=0):
-    """Reads every line and image, prints counts -> number of things that are wrong."""
-    manifest = Manifest(path, image_root=image_root)
-    splits, labels, targets, reports, ids = Counter(), {}, {}, Counter(), Counter()
-    patients, wrong = {}, []
-    for i in tqdm(range(len(manifest)), desc="check", disable=None):
+def run_jobs(function, jobs, workers, title):
+    """function over jobs, in order, in that many processes (0: in this one), with a progress bar."""
+    if not workers:
+        yield from tqdm(map(function, jobs), title, len(jobs), disable=None)
+        return
+    with multiprocessing.Pool(workers) as pool:
+        yield from tqdm(pool.imap(function, jobs, 16), title, len(jobs), disable=None)
+
+
+def _shrink(job):
+    """Reads an image and writes its cached copy, if a target is given -> why it failed, or None."""
+    source, target, size, crop = job
+    if target and target.exists():
+        return None
+    try:
+        image = read_image(source, at_least=2 * size if target and not crop else None)
+    except (OSError, ValueError) as error:
+        return str(error).removeprefix(f"{source}: ")  # a file's name may hold a patient's number
+    if target:
+        image = crop_borders(image) if crop else image
+        scale = min(1.0, size / min(image.size))
+        shape = [max(1, round(side * scale)) for side in image.size]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open_atomic(target, "wb") as file:
+            image.resize(shape, Image.Resampling.LANCZOS).save(file, "JPEG", quality=95)
+
+
+def cache(path, out, size=256, crop=False, workers=0, image_root=None):
+    """Copies of all images with that shorter side, and DIR/NAME.jsonl that points to them; resumes."""
+    manifest, target = Manifest(path, image_root=image_root), Path(out) / Path(path).name
+    folder = (Path(out) / f"{size}px{'-cropped' * crop}").resolve()
+    if target.resolve() == Path(path).resolve():
+        raise ValueError(f"{out}: expected another folder than the manifest's")
+    names, jobs = [], []
+    for i in range(len(manifest)):
         record = manifest[i]
-        ids[record["id"]] += 1
-        splits[record.get("split")] += 1
-        patients.setdefault(record.get("patient", record["id"]), set()).add(record.get("split"))
-        for field, table in (("labels", labels), ("targets", targets)):
-            for name, value in (record.get(field) or {}).items():
-                table.setdefault(name, Counter())[value] += 1
-        reports[record.get("report", "")] += 1
+        digest = hashlib.sha256(record["id"].encode()).hexdigest()[:24]
+        names.append(f"{digest[:2]}/{digest}.jpg")
+        jobs.append((manifest.image_path(record), folder / names[i], size, crop))
+    reasons = list(run_jobs(_shrink, jobs, workers, "cache"))
+    with open_atomic(target) as file:
+        for i, name in enumerate(names):
+            if reasons[i] is None:
+                record = manifest[i] | {"root": str(folder), "image": name}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    wrong = [f"{path}:{manifest.line(i)}: {why}" for i, why in enumerate(reasons) if why]
+    print(f"{target}\n" + aligned({"studies": len(names) - len(wrong), "left out, unreadable": len(wrong)}))
+    return wrong
+
+
+def _validate(where, record):
+    """The types that _parse leaves open; ValueError names the line and what was expected."""
+    def expect(right, what):
+        if not right:
+            raise ValueError(f"{where}: expected {what}")
+
+    for k, side in enumerate([record, *(record.get("hard_negatives") or ())]):
+        expect(isinstance(side, dict) and isinstance(side.get("report", ""), str), "report as text")
+        labels = side.get("labels") or {}
+        expect(set(labels) <= set(CONDITIONS) and set(labels.values()) <= {1, 0, -1},
+               "labels of CheXbert's 14 conditions as 1, 0 or -1")
+        expect(k == 0 or side.get("condition") in CONDITIONS, "a condition in each hard negative")
         try:
-            read_image(manifest.image_path(record))
-        except (OSError, ValueError) as error:
-            wrong.append(f"{path}:{manifest.line(i)}: {type(error).__name__}")
-    shared = sum(len(s) > 1 for s in patients.values())
-    print(f"{len(manifest)} studies", dict(splits), f"{len(patients)} patients, {shared} in two splits")
-    for line in wrong[:10]:
-        print(line)
-    return len(wrong) + shared + sum(n > 1 for n in ids.values())
+            read_radgraph(side.get("graph") or {})
+        except (ValueError, TypeError, AttributeError):
+            expect(False, "a RadGraph record as graph")
+    expect(set((record.get("targets") or {}).values()) <= {0, 1}, "targets as 0 or 1")
+
+
+def check(path, image_root=None, workers=0):
+    """Validates all lines and images and prints what a manifest holds -> the list of what is wrong."""
+    wrong, jobs, lines, patients = [], [], [], {}
+    ids, reports, splits, classes = Counter(), Counter(), Counter(), Counter()
+    with open(path, "rb") as file:
+        for line, raw in enumerate(file, 1):
+            if not raw.strip():
+                continue
+            try:
+                record = _parse(f"{path}:{line}", raw)
+                _validate(f"{path}:{line}", record)
+                jobs.append((image_path(record, f"{path}:{line}", image_root), None, 0, False))
+            except ValueError as error:
+                wrong.append(str(error))
+                continue
+            lines.append(line)
+            split = record.get("split", "no split")
+            ids[record["id"]] += 1
+            splits[split] += 1
+            reports[record.get("report", "")] += 1
+            patients.setdefault(record.get("patient", record["id"]), set()).add(split)
+            classes.update((field, name, value) for field in ("labels", "targets")
+                           for name, value in (record.get(field) or {}).items())
+    reasons = run_jobs(_shrink, jobs, workers, "images")
+    wrong += [f"{path}:{line}: {why}" for line, why in zip(lines, reasons, strict=True) if why]
+    for count, what in ((sum(len(own) > 1 for own in patients.values()), "patients are in two splits"),
+                        (sum(n > 1 for n in ids.values()), "ids are there more than once")):
+        wrong += [f"{path}: {count} {what}"] if count else []
+    print(aligned({"studies": len(lines)} | dict(sorted(splits.items())) | {
+        "patients": len(patients), "patients in two splits": sum(len(p) > 1 for p in patients.values()),
+        "distinct reports": len(reports),
+        "studies that share their report": sum(n for n in reports.values() if n > 1)}))
+    for field, name in dict.fromkeys((field, name) for field, name, _ in classes):
+        one, zero, unsure = (classes[field, name, value] for value in (1, 0, -1))
+        print(f"  {field:<8} {name:<28} 1: {one:>7,}  0: {zero:>7,}  -1: {unsure:>7,}  "
+              f"absent: {len(lines) - one - zero - unsure:>7,}")
+    for text, n in reports.most_common(5):
+        if n > 1 and text:
+            print(f"  {n:>9,} x {text[:80]}")  # Tab. 1
+    return wrong
 
 
 def draw_sheet(path, out, image_root=None, side=256):
-    """Twelve images of a manifest, evenly spread, on one sheet."""
+    """Twelve images of a manifest, evenly spread, with the names of their positive classes."""
     manifest = Manifest(path, image_root=image_root)
-    sheet = Image.new("L", (4 * side, 3 * side))
-    for k in range(min(12, len(manifest))):
-        record = manifest[k * len(manifest) // min(12, len(manifest))]
-        tile = read_image(manifest.image_path(record)).resize((side, side), Image.Resampling.BICUBIC)
-        names = [n for n, v in (record.get("targets") or record.get("labels") or {}).items() if v == 1]
-        ImageDraw.Draw(tile).text((4, 4), "\n".join(names), fill=255)
+    sheet, count = Image.new("L", (4 * side, 3 * side)), min(12, len(manifest))
+    for k in range(count):
+        record = manifest[k * len(manifest) // count]
+        image = read_image(manifest.image_path(record))
+        tile = image.resize((side, side), Image.Resampling.BICUBIC)
+        classes = record.get("targets") or record.get("labels") or {}
+        text = "\n".join(name for name, value in classes.items() if value == 1)
+        ImageDraw.Draw(tile).text((4, 4), text, fill=255)
         sheet.paste(tile, (k % 4 * side, k // 4 * side))
-    sheet.save(out)
-    print(f"{out}: {min(12, len(manifest))} images")
+    sheet.save(out, "PNG")
+    print(f"{out}: {count} images")
 
 
 # ---------------------------------------------------------------- command line
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=style)
     commands = parser.add_subparsers(dest="command", required=True, metavar="SET|check|cache")
-    for name, build in BUILDERS.items():
-        sub = commands.add_parser(name, help=build.__doc__, formatter_class=parser.formatter_class)
-        sub.add_argument("root", help="folder of the official download")
+    for name, text in {name: build.__doc__ for name, build in BUILDERS.items()} .items():
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=style)
+        sub.add_argument("root", help="folder of the official download (phantom: to draw into)")
         sub.add_argument("--out", required=True, help="manifest to write (JSON Lines)")
-        sub.add_argument("--keep-missing", action="store_true", help="keep studies whose image is not there")
-        sub.add_argument("--sheet", help="also draw twelve of its images into this PNG")
+        sub.add_argument("--keep-missing", action="store_true", help="keep studies without an image")
+        if name == "siim":
+            sub.add_argument("--glorias-rows", action="store_true",
+                             help="split rows as GLoRIA did: images leak into test")
+        if name == "cxr14":
+            sub.add_argument("--probmed", metavar="test.json", help="keep ProbMed's images and pairs")
         if name == "phantom":
             sub.add_argument("--studies", type=int, default=3000, help="number of studies")
             sub.add_argument("--size", type=int, default=64, help="side in pixels")
             sub.add_argument("--seed", type=int, default=0, help="another seed is another data set")
-            sub.add_argument("--normal-fraction", type=float, default=0.45, help="share of normal studies (Tab. 1)")
-            sub.add_argument("--duplicates", type=int, default=0, help="extra normals with one sentence (Tab. 3)")
-    sub = commands.add_parser("check", help="validate a manifest", formatter_class=parser.formatter_class)
-    sub.add_argument("manifest")
-    sub.add_argument("--image-root", help="replaces the manifest's root")
-    sub.add_argument("--sheet", help="also draw twelve of its images into this PNG")
+            sub.add_argument("--normal-fraction", type=float, default=0.45, help="normals (Tab. 1)")
+            sub.add_argument("--duplicates", type=int, default=0, help="more normals, alike (Tab. 3)")
+    for name, text in (("check", "validate every line and image"), ("cache", "write resized copies")):
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=style)
+        sub.add_argument("manifest", help="JSON Lines of any of the sets")
+        sub.add_argument("--workers", type=int, default=0, help="processes that read images")
+        if name == "cache":
+            sub.add_argument("--out", required=True, help="folder to write into; resumes")
+            sub.add_argument("--size", type=int, default=256, help="shorter side in pixels")
+            sub.add_argument("--crop-borders", action="store_true", help="cut black borders (App. B.1)")
+    for sub in commands.choices.values():
+        sub.add_argument("--sheet", metavar="F.png", help="also draw twelve of the images")
+        sub.add_argument("--image-root", help="replaces every record's root when images are read")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    args, wrong = parse_args(argv), []
+    manifest = args.manifest if "manifest" in args else args.out
     if args.command == "check":
-        wrong = check(args.manifest, args.image_root)
-        if args.sheet:
-            draw_sheet(args.manifest, args.sheet, args.image_root)
-        return int(wrong > 0)
-    if args.command != "phantom" and not Path(args.root).is_dir():
-        raise ValueError(f"{args.root}: expected the folder of the official download")
-    skipped = Counter()
-    records = BUILDERS[args.command](args.root, args, skipped)
-    write_manifest(args.command, records, args.root, args.out, args.keep_missing, skipped)
+        wrong = check(manifest, args.image_root, args.workers)
+    elif args.command == "cache":
+        size, crop = args.size, args.crop_borders
+        wrong = cache(manifest, args.out, size, crop, args.workers, args.image_root)
+    else:
+        if args.command != "phantom" and not Path(args.root).is_dir():
+            raise ValueError(f"{args.root}: expected the folder of the official download")
+        skipped = Counter()
+        records = BUILDERS[args.command](args.root, args, skipped)
+        print(manifest, write_manifest(args.command, records, args.root, manifest, args.keep_missing,
+                                       skipped), sep="\n")
     if args.sheet:
-        draw_sheet(args.out, args.sheet)
-    return 0
+        draw_sheet(manifest, args.sheet, args.image_root)
+    for line in wrong[:20]:
+        print(f"wrong: {line}", file=sys.stderr)
+    if wrong and args.command == "check":
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -43,10 +43,11 @@ from negations import CONDITIONS, open_atomic, run_main
 
 TIE = 1e-6  # closer cosines are a tie, and a tie is wrong: float32 cannot tell them apart
 CELLS = 20_000_000  # similarities held at once
-PROBE_EPOCHS, FULL_EPOCHS = 100, 10
+L2_GRID = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.001)  # of the linear probe, from strong to weak
+FULL_EPOCHS = 10
 OPTIONS = {"batch_size": 64, "workers": 0, "seed": 0, "resamples": 1000, "pool": 0,
            "fraction": [0.1, 1.0], "full": False, "conditions": None, "progress": False}
-FIVE = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")  # of 5x200
+FIVE = {"Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion"}  # of 5x200
 ACCURACY_SETS = ("chexpert5x200", "vindr", "cxr14")  # Tab. 2: accuracy; AUC for other sets
 TABLE = {"zero-shot": "Tab. 2", "fine-tune": "Tab. 2", "normal-case": "Tab. 3",
          "adversarial": "Tab. 4", "retrieval": "Tab. 5", "cxr-align": "Tab. 6"}
@@ -54,9 +55,10 @@ TABLE = {"zero-shot": "Tab. 2", "fine-tune": "Tab. 2", "normal-case": "Tab. 3",
 # ASSUMPTION: prompts are our own; every phrase of a class goes into every template.
 POSITIVE = ("There is {}.", "{} is seen on this chest radiograph.", "The image shows {}.")
 NEGATIVE = ("There is no {}.", "No {} is seen on this chest radiograph.", "The image shows no {}.")
-PHRASES = {  # "phrase; phrase | a sentence of its absence"; another class is called by its name
-    "Enlarged Cardiomediastinum": "widened mediastinum; enlarged cardiomediastinal contour"
-                                  " | The mediastinum is of normal width.",
+NORMAL = ["Normal chest radiograph.", "The heart, lungs and pleura look normal."]
+ABNORMAL = ["Abnormal chest radiograph.", "The heart, lungs or pleura look abnormal."]
+PHRASES = {  # phrase; phrase | sentence of absence. A class that is not here is called by its name
+    "Enlarged Cardiomediastinum": "widened mediastinum | The mediastinum is of normal width.",
     "Cardiomegaly": "cardiomegaly; enlarged heart | The heart is of normal size.",
     "Lung Opacity": "lung opacity; hazy density in the lung | Both lungs are clear.",
     "Lung Lesion": "lung lesion; nodule or mass in the lung | No mass in either lung.",
@@ -72,10 +74,6 @@ PHRASES = {  # "phrase; phrase | a sentence of its absence"; another class is ca
     "Mass": "lung mass", "Nodule": "lung nodule", "Nodule/Mass": "lung nodule or mass",
     "Infiltration": "lung infiltrate", "Hernia": "hiatal hernia", "Fibrosis": "lung fibrosis",
     "ILD": "interstitial lung disease", "Enlarged PA": "enlarged pulmonary artery"}
-NORMAL = ("Normal chest radiograph.", "The heart, lungs and pleura look normal.",
-          "No acute abnormality in the chest.", "There is nothing abnormal.")
-ABNORMAL = ("Abnormal chest radiograph.", "The heart, lungs or pleura look abnormal.",
-            "An acute abnormality in the chest.", "There is an abnormality.")
 
 
 # ---- metrics: pure numpy, for R bootstrap resamples at once (weights: how often each is drawn)
@@ -104,9 +102,8 @@ def ranking(scores, truth, weights):
     wins = (drawn * (below[left] + below[right])).sum(0, dtype=np.float64) / 2
     hits = above[-1] - above[np.searchsorted(high, high, "left")]              # (P, R)
     precision = np.nan_to_num(_ratio(hits, hits + below[-1] - below[left]))
-    both = count * below[-1]
-    return _ratio(wins, both), np.where(
-        both > 0, _ratio((drawn * precision).sum(0, dtype=np.float64), count), np.nan)
+    found = (drawn * precision).sum(0, dtype=np.float64)
+    return _ratio(wins, count * below[-1]), _ratio(found, count * (below[-1] > 0))
 
 
 def auroc(scores, truth) -> float:
@@ -122,8 +119,7 @@ def average_precision(scores, truth) -> float:
 def means(columns, weights):
     """Means of columns (k, n) under weights (n, R) -> (k, R); NaN entries are left out."""
     known = ~np.isnan(columns)
-    return _ratio(np.where(known, columns, 0).astype(np.float32) @ weights,
-                  known.astype(np.float32) @ weights)
+    return _ratio(np.where(known, columns, 0) @ weights, known.astype(np.float32) @ weights)
 
 
 def median(values, weights):
@@ -170,14 +166,14 @@ def classification(scores, truth, classes):
     both = [{0, 1} <= set(column) for column in truth.T]
 
     def statistic(weights):
-        ranked = [ranking(scores[:, k], truth[:, k], weights) for k in range(len(classes))]
-        area, precision = zip(*ranked, strict=True)
-        result, single = {}, {}
-        for name, rows in (("AUROC", area), ("AP", precision), ("accuracy", means(right, weights))):
+        ranked = [ranking(*columns, weights) for columns in zip(scores.T, truth.T, strict=True)]
+        macro, single = {}, {}
+        for name, rows in zip(("AUROC", "AP", "accuracy"),
+                              (*zip(*ranked, strict=True), means(right, weights)), strict=True):
             single |= {f"{name} {label}": row for label, row in zip(classes, rows, strict=True)}
             rows = np.array(rows)[both]                                        # (K, R)
-            result[f"macro {name}"] = _ratio(np.nansum(rows, 0), (~np.isnan(rows)).sum(0))
-        return result | single
+            macro[f"macro {name}"] = _ratio(np.nansum(rows, 0), (~np.isnan(rows)).sum(0))
+        return macro | single
 
     return statistic
 
@@ -228,17 +224,18 @@ class Images(Dataset):
         return len(self.rows)
 
     def __getitem__(self, i):
-        record = self.manifest[self.rows[i]]
+        row = int(self.rows[i])
         try:
-            image = read_image(self.manifest.image_path(record), self.at_least)
+            path = self.manifest.image_path(self.manifest[row])
+            return self.transform(read_image(path, self.at_least))
         except (OSError, ValueError) as error:
-            return f"{self.manifest.path}:{self.manifest.line(self.rows[i])}: {error}"
-        return self.transform(image)
+            return f"{self.manifest.path}:{self.manifest.line(row)}: {error}"
 
-    def batches(self, batch_size, workers, progress):
+    def batches(self, opt):
         """Yield (B, C, H, W); ValueError with file and line for an image that cannot be read."""
-        for items in tqdm(DataLoader(self, batch_size, num_workers=workers, collate_fn=list),
-                          "images", disable=not progress, leave=False):
+        for items in tqdm(DataLoader(self, opt.batch_size, num_workers=opt.workers,
+                                     collate_fn=list), "images", leave=False,
+                          disable=None if opt.progress else True):
             if broken := [item for item in items if isinstance(item, str)]:
                 raise ValueError(f"{broken[0]}; `python data.py check` lists all such rows")
             yield torch.stack(items)
@@ -250,7 +247,7 @@ def _device(model):
 
 
 def _encode(encode, batches, count, device):
-    """encode(rows of this rank) gathered over ranks -> (count, D) float32 unit rows on the CPU.
+    """encode(batch) of this rank's rows, gathered over ranks -> (count, D) float32 unit rows, CPU.
 
     batches(rows) yields what `encode` takes. Every rank takes equally many rows, the last one
     being repeated, and what is too many is dropped, so that each item counts once.
@@ -261,21 +258,21 @@ def _encode(encode, batches, count, device):
     with torch.inference_mode():
         parts = [torch.as_tensor(encode(batch)) for batch in batches(rows)]
         part = F.normalize(torch.cat(parts).to(device).float(), dim=-1).contiguous()  # (size, D)
-        parts = [torch.empty_like(part) for _ in range(world)]
+        parts = [torch.empty_like(part) for _ in range(world)] if world > 1 else [part]
         if world > 1:
             dist.all_gather(parts, part)
-    result = (torch.cat(parts) if world > 1 else part)[:count].cpu()           # (count, D)
+    result = torch.cat(parts)[:count].cpu().clone()                            # (count, D)
     if not torch.isfinite(result).all():
         raise ValueError("this model's embeddings are NaN or infinite: did its training diverge?")
-    return result.clone()
+    return result
 
 
 def embed_images(model, manifest, batch_size=64, workers=0, progress=False):
     """Every image of a manifest -> (n, D) float32 unit rows on the CPU; ranks share the work."""
+    opt = SimpleNamespace(batch_size=batch_size, workers=workers, progress=progress)
     device = _device(model)
     return _encode(lambda pixels: model.encode_image(pixels.to(device, non_blocking=True)),
-                   lambda rows: Images(manifest, rows, model).batches(batch_size, workers, progress),
-                   len(manifest), device)
+                   lambda rows: Images(manifest, rows, model).batches(opt), len(manifest), device)
 
 
 def embed_texts(model, texts, batch_size=64, progress=False):
@@ -284,8 +281,8 @@ def embed_texts(model, texts, batch_size=64, progress=False):
     place = {text: i for i, text in enumerate(distinct)}
 
     def batches(rows):
-        for start in tqdm(range(0, len(rows), batch_size), "texts", disable=not progress,
-                          leave=False):
+        for start in tqdm(range(0, len(rows), batch_size), "texts", leave=False,
+                          disable=None if progress else True):
             yield [distinct[row] for row in rows[start:start + batch_size]]
 
     embedded = _encode(model.encode_text, batches, len(distinct), _device(model))
@@ -299,37 +296,51 @@ class Bench:
     """
 
     def __init__(self, model, manifest, **options):
-        self.model, self.manifest, self.options = model, manifest, OPTIONS | options
-        self.opt, self.notes, self.known = SimpleNamespace(**self.options), [], {}
-        self.where, n = f"{manifest.path} (split {manifest.split})", len(manifest)
-        if not n:
+        self.model, self.manifest, self.opt = model, manifest, SimpleNamespace(**OPTIONS | options)
+        if hasattr(model, "eval"):
+            model.eval()
+        self.where, self.notes, self.known = f"{manifest.path} (split {manifest.split})", [], {}
+        if not len(manifest):
             raise ValueError(f"{self.where}: no studies; choose another --split, or write "
                              '"split": "train", "val" or "test" into each line')
-        self.reports, self.negatives, self.pairs, rows, share = [], [], {}, [], {}
-        self.labels = np.full((n, len(CONDITIONS)), -1, np.int8)  # -1: this line has no labels
-        for i in range(n):
+        self.reports, self.negatives, self.pairs, share = [], [], {}, {}
+        rows, official = [], set()
+        self.labels = np.full((len(manifest), len(CONDITIONS)), -1, np.int8)  # -1: not labelled
+        for i in range(len(manifest)):
             record = manifest[i]
-            labels, targets = record.get("labels"), record.get("targets")
+            labels, targets = record.get("labels"), record.get("targets") or {}
             self.set = record["id"].split("/")[0]
             report = record.get("report") or ""
             self.reports.append(share.setdefault(report, report))  # equal reports share memory
             if labels is not None:  # positive or uncertain counts, as in CheXbert's F1
                 self.labels[i] = label_vector(labels)
             # ASSUMPTION: where labels are the truth, a finding that is not mentioned is absent.
-            rows.append((targets or labels or {}, -1 if targets or labels is None else 0))
+            rows.append(targets or (dict.fromkeys(CONDITIONS, 0) | labels if labels is not None
+                                    else {}))
+            official |= targets.keys()
             for negative in (record.get("hard_negatives") or ())[:1]:  # CXR-Align's choice
-                self.negatives.append((i, *(negative[k] for k in ("condition", "report", "omitted"))))
-            self.pairs |= {i: record["adversarial"]} if "adversarial" in record else {}
-        names, wanted = {name for row, _ in rows for name in row}, self.opt.conditions
+                self.negatives.append(
+                    (i, negative["condition"], negative["report"], negative["omitted"]))
+            if record.get("adversarial"):
+                self.pairs[i] = record["adversarial"]
+        names = official or {name for row in rows for name in row}
         classes = [name for name in CONDITIONS if name in names] + sorted(names - {*CONDITIONS})
-        if unknown := [name for name in wanted or () if name not in classes]:
+        if unknown := [name for name in self.opt.conditions or () if name not in classes]:
             raise ValueError(f"{self.where}: unknown condition {unknown[0]!r}; expected one of "
                              f"{', '.join(classes)}")
-        self.normal = np.array([row.get("No Finding", other) for row, other in rows])  # (n,)
-        self.classes = [name for name in classes if name in (wanted or classes)]
-        truth = [[row.get(name, other) for name in self.classes] for row, other in rows]
-        self.truth = np.array(truth, np.float32).reshape(n, len(self.classes))
-        self.truth[self.truth < 0] = np.nan                                    # (n, K) 1, 0, NaN
+        self.normal = np.array([row.get("No Finding", -1) for row in rows])    # (n,) 1, 0, -1
+        self.classes = [name for name in classes if name in (self.opt.conditions or classes)]
+        self.truth = np.array([[row.get(name, -1) for name in self.classes] for row in rows])
+        self.truth = np.where(self.truth < 0, np.nan, self.truth).astype(np.float32)  # (n, K)
+
+    def columns(self, names):
+        """Truth of some classes (n, K): 1, 0, NaN for unknown."""
+        return torch.from_numpy(self.truth[:, [self.classes.index(name) for name in names]])
+
+    def embed(self, model):
+        """Image embeddings (n, D) of any model."""
+        return self.images if model is self.model else embed_images(
+            model, self.manifest, self.opt.batch_size, self.opt.workers, self.opt.progress)
 
     @cached_property
     def images(self):
@@ -344,15 +355,15 @@ class Bench:
             self.known.update(zip(new, rows, strict=True))
         return torch.stack([self.known[text] for text in texts])
 
-    def measure(self, columns=None, extra=None, rows=slice(None), *, row, chance, **more):
+    def measure(self, columns, extra=None, rows=slice(None), *, row, chance, **more):
         """A result: means of columns {name: (n,)} and the statistic `extra`, with intervals.
 
         row: {column of the paper's table: metric}; chance: {word of a metric's name: value}.
         """
-        names, values = list(columns or ()), np.array(list((columns or {}).values()), np.float32)
+        values = np.array(list(columns.values()), np.float32)                  # (k, n)
 
         def statistic(weights):
-            plain = dict(zip(names, means(values, weights), strict=True)) if names else {}
+            plain = dict(zip(columns, means(values, weights), strict=True)) if columns else {}
             return plain | (extra(weights) if extra else {})
 
         patients = self.manifest.patients[rows]
@@ -370,12 +381,11 @@ class Bench:
 def prompts(name):
     """Positive and negative prompts of a class; the first of each is the single pair."""
     if name == "No Finding":
-        return list(NORMAL), list(ABNORMAL)
+        return NORMAL, ABNORMAL
     phrases, _, absence = PHRASES.get(name, name.lower().replace("_", " ")).partition(" | ")
-    filled = [[form.format(phrase) for phrase in phrases.split("; ") for form in forms]
-              for forms in (POSITIVE, NEGATIVE)]
-    yes, no = ([text[0].upper() + text[1:] for text in side] for side in filled)
-    return yes, no + [absence] * bool(absence)
+    yes, no = ([form.format(phrase) for phrase in phrases.split("; ") for form in forms]
+               for forms in (POSITIVE, NEGATIVE))
+    return [text[0].upper() + text[1:] for text in yes], no + [absence] * bool(absence)
 
 
 def class_scores(bench, classes, single=False):
@@ -383,8 +393,9 @@ def class_scores(bench, classes, single=False):
     sides = []
     for side in (0, 1):
         texts = [prompts(name)[side][:1 if single else None] for name in classes]
+        embedded = bench.texts(sum(texts, [])).split([len(part) for part in texts])
         # ASSUMPTION: an ensemble is the mean of its normalised embeddings, normalised again.
-        ensembles = F.normalize(torch.stack([bench.texts(part).mean(0) for part in texts]), dim=1)
+        ensembles = F.normalize(torch.stack([part.mean(0) for part in embedded]), dim=1)  # (K, D)
         sides.append((bench.images @ ensembles.T).double().numpy())            # (n, K)
     return sides
 
@@ -393,74 +404,154 @@ def zero_shot(bench):
     """Sec. 5.3, Tab. 2: score = s_positive - s_negative; CheXpert 5x200 as a five-way choice."""
     truth, classes = bench.truth, bench.classes
     single = [name for k, name in enumerate(classes) if not {0, 1} <= set(truth[:, k])]
-    bench.notes += [f"{name}: one class only, so AUROC and AP are NaN and macro averages leave "
-                    "it out" for name in single]
     if len(single) == len(classes):
         raise ValueError(f"{bench.where}: no class has both positive and negative images; give "
                          '"targets" of 0 and 1, or label the reports with `python negations.py`')
+    if single:
+        bench.notes.append(f"one class only, so AUROC and AP are NaN and macro averages leave it "
+                           f"out: {', '.join(single)}")
     positive, negative = class_scores(bench, classes)
-    scores = positive - negative
-    bench.curves = scores, truth, classes  # for the figure
+    bench.curves = scores, *_ = positive - negative, truth, classes  # for the figure
     pair = classification(np.subtract(*class_scores(bench, classes, True)), truth, classes)
     every = classification(scores, truth, classes)
-    columns, row = {}, {"ZS AUC": "macro AUROC"}
-    if set(classes) - {"No Finding"} == set(FIVE):
-        five = np.array([classes.index(name) for name in FIVE])
+    columns, headline = {}, "macro accuracy" if bench.set in ACCURACY_SETS else "macro AUROC"
+    if {*classes} - {"No Finding"} == FIVE:
+        five = np.array([k for k, name in enumerate(classes) if name in FIVE])
         if (np.nansum(truth[:, five], 1) == 1).all():
-            best = five[positive[:, five].argmax(1)]                           # (n,)
-            columns, row = {"5-way accuracy": truth[np.arange(len(best)), best]}, {}
-    if bench.set in ACCURACY_SETS or columns:
-        row = {"ZS ACC": next(iter(columns), "macro accuracy")}
+            best, headline = five[positive[:, five].argmax(1)], "5-way accuracy"  # (n,)
+            columns = {headline: truth[np.arange(len(best)), best]}
 
     def statistic(weights):
-        ones = {k: v for k, v in pair(weights).items() if k.startswith("macro")}
-        return every(weights) | {f"{k}, one prompt pair": v for k, v in ones.items()}
+        return every(weights) | {f"{name}, one prompt pair": value for name, value in
+                                 pair(weights).items() if name.startswith("macro")}
 
-    counts = {name: [int((truth[:, k] == v).sum()) for v in (1, 0)] for k, name in enumerate(classes)}
-    return bench.measure(columns, statistic, row=row, positive_negative=counts,
-                         chance={"5-way": 0.2, "AUROC": 0.5, "accuracy": 0.5},
-                         prompts={name: prompts(name) for name in classes})
+    return bench.measure(
+        columns, statistic, row={f"ZS {'ACC' if 'acc' in headline else 'AUC'}": headline},
+        chance={"5-way": 0.2, "AUROC": 0.5, "accuracy": 0.5},
+        prompts={name: prompts(name) for name in classes},
+        positive_negative={name: [int((truth[:, k] == value).sum()) for value in (1, 0)]
+                           for k, name in enumerate(classes)})
+
+
+def fit(train, val, rows, names):
+    """A linear head on train's embeddings, or with --full on its encoder too -> (model, head).
+
+    train, val: Bench; rows: training rows; names: classes; unknown truth is left out. val's loss
+    chooses the L2 weight, then the epoch. head: embeddings (n, D) -> logits (n, K) in numpy.
+    """
+    # ASSUMPTION: the head reads standardised embeddings; --full is AdamW 5e-5 from the best head.
+    opt, model, device, best = train.opt, train.model, _device(train.model), (float("inf"),)
+    x, y = train.images[rows].to(device), train.columns(names)[rows].to(device)  # (n, D), (n, K)
+    y_val, mean, std = val.columns(names).to(device), x.mean(0), x.std(0, correction=0) + 1e-6
+    head = torch.nn.Linear(x.shape[1], len(names), device=device)
+    for parameter in head.parameters():
+        torch.nn.init.zeros_(parameter)
+
+    def loss_of(x, y, l2=0.0):
+        logits, known = head((x - mean) / std), ~torch.isnan(y)
+        loss = F.binary_cross_entropy_with_logits(logits[known], y[known])
+        return loss + l2 * head.weight.square().sum(1).mean()
+
+    def better():
+        with torch.no_grad():
+            loss = float(loss_of(val.embed(model).to(device), y_val))
+        return (loss, copy.deepcopy(model) if model is not train.model else model,
+                copy.deepcopy(head)) if loss < best[0] else best
+
+    for l2 in L2_GRID:
+        solver = torch.optim.LBFGS(head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+        def closure(solver=solver, l2=l2):
+            solver.zero_grad()
+            loss = loss_of(x, y, l2)
+            loss.backward()
+            return loss
+
+        solver.step(closure)
+        best = better()
+    if opt.full:
+        head, model = best[2], copy.deepcopy(model)
+        solver = torch.optim.AdamW([*model.parameters(), *head.parameters()], 5e-5)
+    for epoch in range(FULL_EPOCHS if opt.full else 0):
+        order = np.random.default_rng((opt.seed, epoch)).permutation(len(rows))
+        for pixels, truth in zip(Images(train.manifest, rows[order], model).batches(opt),
+                                 y[order].split(opt.batch_size), strict=True):
+            solver.zero_grad()
+            loss_of(model.encode_image(pixels.to(device)), truth).backward()
+            solver.step()
+        best = better()
+    return best[1], lambda x: best[2]((x.to(device) - mean) / std).detach().cpu().double().numpy()
+
+
+def fine_tune(bench):
+    """Sec. 5.3, Tab. 2, FT10 and FT100: train rows train, val rows choose, test rows are scored."""
+    opt, path = bench.opt, bench.manifest.path
+    if opt.full and (dist.is_initialized() or not hasattr(bench.model, "parameters")):
+        raise ValueError("--full needs a torch model in one process: no torchrun")
+    train, val, test = (bench if bench.manifest.split == name else Bench(
+        bench.model, Manifest(path, name, bench.manifest.image_root), **vars(opt))
+        for name in SPLITS)
+    known = np.concatenate([train.manifest.patients, val.manifest.patients])
+    if shared := int(np.isin(test.manifest.patients, known).sum()):
+        bench.notes.append(f"fine-tune: {shared} test studies are of train or val patients")
+    patients = np.random.default_rng(opt.seed).permutation(np.unique(train.manifest.patients))
+    chosen = {share: np.flatnonzero(np.isin(train.manifest.patients, patients[:max(1, round(
+        share * len(patients)))])) for share in sorted(opt.fraction)}  # nested: 10 % is in 100 %
+    least = train.truth[chosen[min(chosen)]]
+    names = [name for k, name in enumerate(train.classes) if {0, 1} <= set(least[:, k])
+             and name in val.classes and name in test.classes]
+    if not names:
+        raise ValueError(f"{path}: fine-tune finds no class with positives and negatives among "
+                         f'{len(least)} train rows; raise --fraction, or give them "targets"')
+    statistics, truth = {}, test.columns(names).numpy()
+    for share, rows in chosen.items():
+        model, head = fit(train, val, rows, names)
+        label = f"FT{100 * share:g}{' full' * opt.full}"
+        statistics[label] = classification(head(test.embed(model)), truth, names)
+    return test.measure(
+        {}, lambda weights: {f"{label} {name}": value for label, part in statistics.items()
+                             for name, value in part(weights).items()},
+        row={f"{label} AUC": f"{label} macro AUROC" for label in statistics},
+        chance={"AUROC": 0.5, "accuracy": 0.5}, classes=names,
+        train={str(share): len(rows) for share, rows in chosen.items()})
 
 
 def retrieval(bench):
-    """Sec. 5.7, Tab. 5: image to report among the split's distinct reports, equal ones being one."""
+    """Sec. 5.7, Tab. 5: image to report among the distinct reports of the split."""
     rows = np.array([i for i, report in enumerate(bench.reports) if report], int)
     place = {}
     own = torch.tensor([place.setdefault(bench.reports[i], len(place)) for i in rows])  # (n,)
     if len(place) < 2:
-        raise ValueError(f"{bench.where}: retrieval needs at least two different \"report\" texts")
+        raise ValueError(f'{bench.where}: retrieval needs at least two different "report" texts')
     ranks, first = retrieve(bench.images[rows], bench.texts(list(place)), own)
-    bench.sheet = rows, first, list(place)  # for the figure
-    source = rows[np.unique(own.numpy(), return_index=True)[1]]  # a study of each text
-    ranks, labelled = ranks.double().numpy(), bench.labels[rows].min() >= 0
-    f1, row = dict, {"@5": "@5"}
-    if labelled:
+    ranks, source = ranks.double().numpy(), rows[np.unique(own.numpy(), return_index=True)[1]]
+    row, f1 = {"@5": "@5"}, lambda weights: {}
+    if bench.labels[rows].min() >= 0:
         f1 = label_f1(bench.labels[source[first.numpy()]] == 1, bench.labels[rows] == 1)
         # ASSUMPTION: Tab. 5 does not name its average over labels; the row is micro.
         row |= {"F1": "micro F1", "Recall": "micro recall", "Precision": "micro precision"}
     else:
         bench.notes.append('F1 needs "labels" in every line: run `python negations.py` on it')
     columns = {f"@{k}": ranks <= k for k in (1, 5, 10)} | {"mean rank": ranks}
-    return bench.measure(columns, lambda weights: {"median rank": median(ranks, weights)}
-                         | (f1(weights) if labelled else {}), rows, row=row, candidates=len(place),
-                         chance={f"@{k}": min(1, k / len(place)) for k in (1, 5, 10)})
+    return bench.measure(
+        columns, lambda weights: {"median rank": median(ranks, weights)} | f1(weights), rows,
+        row=row, chance={f"@{k}": min(1, k / len(place)) for k in (1, 5, 10)},
+        candidates=len(place))
 
 
 def cxr_align(bench):
     """Sec. 5.6, Tab. 6: A, the report r over its negation r^n; B, r over r^r (finding left out)."""
     triples = [entry for entry in bench.negatives if entry[1] in (bench.opt.conditions or entry)]
     if not triples:
-        raise ValueError(f"{bench.where}: no \"hard_negatives\"; make them with "
+        raise ValueError(f'{bench.where}: no "hard_negatives" of these conditions; make them with '
                          "`python negations.py IN.jsonl --out OUT.jsonl`")
     rows, names, negated, omitted = zip(*triples, strict=True)
-    rows, names = np.array(rows), np.array(names)
-    images = bench.images[rows]
+    rows, names, images = np.array(rows), np.array(names), bench.images[np.array(rows)]
     own, *others = ((images * bench.texts(texts)).sum(1).numpy() for texts in
                     ([bench.reports[i] for i in rows], negated, omitted))      # (n,) each
     wins = {task: (own - other > TIE).astype(np.float32)
             for task, other in zip("AB", others, strict=True)}
-    # A report of one sentence leaves an empty r^r: nothing to compare with.
-    wins["B"][[not text.strip() for text in omitted]] = np.nan
+    wins["B"][[not text.strip() for text in omitted]] = np.nan  # a one-sentence report has no r^r
     columns = wins | {f"{task} {name}": np.where(names == name, wins[task], np.nan)
                       for name in CONDITIONS if name in names for task in wins}
     return bench.measure(columns, None, rows, row={"A": "A", "B": "B"}, chance={"A": 0.5, "B": 0.5},
@@ -475,36 +566,35 @@ def adversarial(bench):
     findings = names != "No Finding"
     for i, row in enumerate(bench.truth):
         present, absent = (names[findings & (row == value)] for value in (1, 0))
-        if i in bench.pairs:
-            pairs += [(i, *pair) for pair in bench.pairs[i]]
-        elif not bench.pairs and len(present) and len(absent):
+        if bench.pairs:
+            pairs += [(i, *pair) for pair in bench.pairs.get(i, ())]
+        elif len(present) and len(absent):
             key = bench.opt.seed, zlib.crc32(bench.manifest[i]["id"].encode())  # a subset keeps it
             draw = np.random.default_rng(key).integers((len(present), len(absent)))
-            pairs.append((i, str(present[draw[0]]), str(absent[draw[1]])))
+            pairs.append((i, present[draw[0]], absent[draw[1]]))
     if not pairs:
         raise ValueError(f"{bench.where}: no image has both a present and an absent class; give "
                          '"targets" of 0 and 1 for two or more classes')
-    names = sorted({name for _, *pair in pairs for name in pair})
-    scores = np.subtract(*class_scores(bench, names))                          # (n, K)
     rows, yes, no = (np.array(part) for part in zip(*pairs, strict=True))
+    names = np.unique([yes, no])
+    scores = np.subtract(*class_scores(bench, names.tolist()))                 # (n, K)
     yes = scores[rows, np.searchsorted(names, yes)] > TIE
     no = scores[rows, np.searchsorted(names, no)] < -TIE
     return bench.measure({"both": yes & no, "present": yes, "absent": no}, None, rows,
                          row={"ACC": "both"}, chance={"both": 0.25, "present": 0.5, "absent": 0.5},
-                         pairs="ProbMed" if bench.pairs else "drawn by the seed",
-                         prompts={name: prompts(name) for name in names})
+                         pairs="of ProbMed" if bench.pairs else "drawn by the seed",
+                         prompts={name: prompts(name) for name in names.tolist()})
 
 
 def normal_case(bench):
     """Sec. 5.5, Tab. 3: a normal image's own report must rank before N abnormal reports."""
     rows = np.array([i for i in np.flatnonzero(bench.normal == 1) if bench.reports[i]], int)
-    own = [bench.reports[i] for i in rows]
+    own, least = [bench.reports[i] for i in rows], max(1, bench.opt.pool)
     pool = sorted({bench.reports[i] for i in np.flatnonzero(bench.normal == 0)} - {*own, ""})
-    if not own or len(pool) < max(1, bench.opt.pool):
-        raise ValueError(
-            f"{bench.where}: normal-case needs a normal report (\"No Finding\": 1) and "
-            f"{max(1, bench.opt.pool)} abnormal ones; there are {len(own)} and {len(pool)}: label "
-            "the reports with `python negations.py`, lower --pool or take --split all")
+    if not own or len(pool) < least:
+        raise ValueError(f'{bench.where}: normal-case needs a normal study ("No Finding": 1) and '
+                         f"{least} abnormal reports, and has {len(own)} and {len(pool)}: label the "
+                         "reports with `python negations.py`, lower --pool or take --split all")
     order = np.random.default_rng(bench.opt.seed).permutation(len(pool))[:bench.opt.pool or None]
     texts, images = bench.texts([pool[i] for i in order]), bench.images[rows]  # (m, D), (n, D)
     parts = images.split(max(1, CELLS // len(texts)))
@@ -514,83 +604,6 @@ def normal_case(bench):
                          chance={"accuracy": 1 / (len(texts) + 1)}, pool=len(texts))
 
 
-def fit(bench, val, rows, x, y, x_val, y_val):
-    """A linear head on embeddings, or with --full on the trained encoder too -> (model, head).
-
-    rows: (n,) training rows; x: (n, D) their embeddings; y: (n, K) truth, NaN left out; val: Bench
-    whose embeddings x_val and truth y_val choose the epoch. AdamW, BCE.
-    """
-    # ASSUMPTION: the head reads embeddings, standardised; AdamW 1e-2, or 5e-5 with the encoder.
-    opt, device, best = bench.opt, _device(bench.model), (float("inf"),)
-    mean, std = x.mean(0).to(device), x.std(0, correction=0).to(device) + 1e-6  # (D,)
-    model, head = copy.deepcopy(bench.model) if opt.full else bench.model, torch.nn.Linear(
-        x.shape[1], y.shape[1], device=device)
-    torch.nn.init.zeros_(head.weight)  # starts at chance, whatever the seed
-    groups = [{"params": list(head.parameters()), "lr": 1e-2}]
-    groups += [{"params": list(model.parameters()), "lr": 5e-5}] if opt.full else []
-    solver = torch.optim.AdamW(groups, weight_decay=1e-4)
-
-    def loss_of(x, y):
-        logits, known = head((x - mean) / std), ~torch.isnan(y)
-        return F.binary_cross_entropy_with_logits(logits[known], y[known])
-
-    for epoch in range(FULL_EPOCHS if opt.full else PROBE_EPOCHS):
-        order = np.random.default_rng((opt.seed, epoch)).permutation(len(rows))
-        batches = (x[order].split(256) if not opt.full else Images(
-            bench.manifest, rows[order], model).batches(opt.batch_size, opt.workers, opt.progress))
-        truth = iter(y[order].split(opt.batch_size if opt.full else 256))
-        for batch in batches:
-            batch = batch.to(device)
-            loss = loss_of(model.encode_image(batch) if opt.full else batch, next(truth).to(device))
-            solver.zero_grad()
-            loss.backward()
-            solver.step()
-        if opt.full:
-            x_val = embed_images(model, val.manifest, opt.batch_size, opt.workers)
-        with torch.no_grad():
-            loss = float(loss_of(x_val.to(device), y_val.to(device)))
-        if loss < best[0]:
-            best = loss, copy.deepcopy(model) if opt.full else model, copy.deepcopy(head)
-    return best[1], lambda x: best[2]((x.to(device) - mean) / std).detach().cpu().double().numpy()
-
-
-def fine_tune(bench):
-    """Sec. 5.3, Tab. 2, FT10 and FT100: train rows train, val rows choose, test rows are scored."""
-    if bench.opt.full and dist.is_initialized():
-        raise ValueError("--full runs in one process: start it without torchrun")
-    path, root = bench.manifest.path, bench.manifest.image_root
-    train, val, test = (bench if bench.manifest.split == name else Bench(
-        bench.model, Manifest(path, name, root), **bench.options) for name in SPLITS)
-    others = np.concatenate([train.manifest.patients, val.manifest.patients])
-    if shared := int(np.isin(test.manifest.patients, others).sum()):
-        bench.notes.append(f"{shared} test studies are of patients of the train or val rows")
-    patients = np.random.default_rng(bench.opt.seed).permutation(np.unique(train.manifest.patients))
-    statistics, row, sizes = [], {}, {}
-    for fraction in bench.opt.fraction:  # nested: 10 % of the patients are among the 100 %
-        chosen = patients[:max(1, round(fraction * len(patients)))]
-        rows = np.flatnonzero(np.isin(train.manifest.patients, chosen))
-        classes = [k for k, name in enumerate(train.classes) if name in test.classes
-                   and name in val.classes and {0, 1} <= set(train.truth[rows, k])]
-        if not classes:
-            raise ValueError(f"{path}: no class has positives and negatives among {len(rows)} "
-                             "training rows; raise --fraction or give the train rows \"targets\"")
-        names = [train.classes[k] for k in classes]
-        y, y_val, y_test = (part.truth[:, [part.classes.index(name) for name in names]]
-                            for part in (train, val, test))
-        model, head = fit(train, val, rows, train.images[rows], torch.from_numpy(y[rows]),
-                          val.images, torch.from_numpy(y_val))
-        images = embed_images(model, test.manifest, bench.opt.batch_size, bench.opt.workers
-                              ) if bench.opt.full else test.images
-        label = f"FT{100 * fraction:g}" + " full" * bench.opt.full
-        sizes[label] = {"studies": len(rows), "patients": len(chosen), "classes": names}
-        statistics.append((label, classification(head(images), y_test, names)))
-        row[f"{label} ACC" if bench.set in ACCURACY_SETS else f"{label} AUC"] = (
-            f"{label} macro " + ("accuracy" if bench.set in ACCURACY_SETS else "AUROC"))
-    return test.measure(None, lambda weights: {f"{label} {name}": value for label, part in statistics
-                                               for name, value in part(weights).items()},
-                        row=row, train=sizes, chance={"AUROC": 0.5, "accuracy": 0.5})
-
-
 TASKS = {"zero-shot": zero_shot, "fine-tune": fine_tune, "retrieval": retrieval,
          "cxr-align": cxr_align, "adversarial": adversarial, "normal-case": normal_case}
 
@@ -598,12 +611,13 @@ TASKS = {"zero-shot": zero_shot, "fine-tune": fine_tune, "retrieval": retrieval,
 def validate(model, manifest, batch_size=64, workers=0):
     """For training: macro zero-shot "auroc" and "retrieval@5", NaN where they cannot be told."""
     bench = Bench(model, manifest, batch_size=batch_size, workers=workers, resamples=0)
-    result = {}
-    for name, task, metric in (("auroc", zero_shot, "macro AUROC"), ("retrieval@5", retrieval, "@5")):
+    result = {"auroc": float("nan"), "retrieval@5": float("nan")}
+    for name, task, metric in (("auroc", zero_shot, "macro AUROC"),
+                               ("retrieval@5", retrieval, "@5")):
         try:
             result[name] = task(bench)["metrics"][metric]["value"]
         except ValueError:
-            result[name] = float("nan")
+            continue  # no truth or no reports: NaN says so
     return result
 
 
@@ -615,24 +629,23 @@ def table(results):
 
     results: contents of result files. A column names set and n, so that only like meets like.
     """
-    tables, names = {}, {result["run"]: result["model"] for result in results}
+    tables, names, lines = {}, {result["run"]: result["model"] for result in results}, []
     for result in results:
         for task, entry in result["tasks"].items():
             for column, metric in entry["row"].items():
                 head = f"{result['set']} {column} (n={entry['n']})"
                 cells = tables.setdefault(TABLE[task], {}).setdefault(head, {})
                 cells[result["run"]] = entry["metrics"][metric]["value"]
-    lines = []
     for title, columns in sorted(tables.items()):
         lines += ["", f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
         for run in (run for run in names if any(run in cells for cells in columns.values())):
-            texts = []
+            line = f"| {names[run]} |"
             for cells in columns.values():
                 known = [value for value in cells.values() if value is not None and value == value]
                 text = f"{100 * cells[run]:.1f}" if cells.get(run) in known else "-"
-                best = len(known) > 1 and cells.get(run) == max(known)
-                texts.append(f"**{text}**" if best else text)
-            lines.append(f"| {names[run]} | {' | '.join(texts)} |")
+                best = len(cells) > 1 and text != "-" and cells[run] == max(known)
+                line += f" **{text}** |" if best else f" {text} |"
+            lines.append(line)
     return "\n".join(lines[1:])
 
 
@@ -640,8 +653,8 @@ def details(result):
     """Every metric in percent (ranks aside) with its 95 % interval and chance."""
     lines = []
     for task, entry in result["tasks"].items():
-        more = "".join(f", {key} {entry[key]}" for key in ("candidates", "pool", "pairs") if key in entry)
-        lines.append(f"{task}: {entry['n']} items of {entry['patients']} patients{more}")
+        more = [f", {key} {entry[key]}" for key in ("candidates", "pool", "pairs") if key in entry]
+        lines.append(f"{task}: {entry['n']} items of {entry['patients']} patients{''.join(more)}")
         for name, metric in entry["metrics"].items():
             scale = 1 if "rank" in name else 100
             value, low, high = (scale * x for x in (metric["value"], *metric["interval"]))
@@ -650,21 +663,16 @@ def details(result):
     return "\n".join(lines)
 
 
-def provenance(seed, resamples, words):
-    """What a number needs to be repeated: command, seed, versions, the code's git revision."""
+def git_revision():
+    """The revision of this code, "-dirty" if it was changed; None without git."""
     try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
-                             capture_output=True, check=False).stdout.strip()
-    except OSError:  # no git on this machine
-        git = ""
-    versions = {module.__name__: module.__version__
-                for module in (np, PIL, torch, torchvision, transformers)}
-    return {"command": shlex.join(["python", "evaluate.py", *words]), "seed": seed,
-            "resamples": resamples, "git": git or None,
-            "versions": {"python": sys.version.split()[0], **versions}}
+        return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
+                              capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:
+        return None
 
 
-# ---- pictures: Pillow draws them
+# ---- pictures, drawn by Pillow
 
 
 def _canvas(width, height, title):
@@ -679,35 +687,35 @@ def _canvas(width, height, title):
 
 
 def draw_roc(scores, truth, classes):
-    """ROC curves of (n, K) scores; classes with both labels."""
+    """ROC curves of (n, K) scores; classes with both labels, the best first."""
     image, draw, write = _canvas(860, 560, "Zero-shot ROC")
     for k in range(6):
-        x, y = 70 + 88 * k, 490 - 88 * k
-        draw.line((x, 50, x, 490), "#dddddd")
-        draw.line((70, y, 510, y), "#dddddd")
-        write(x, 505, f"{k / 5:.1f}", "mm")
-        write(62, y, f"{k / 5:.1f}", "rm")
+        at = 88 * k
+        draw.line((70 + at, 50, 70 + at, 490), "#dddddd")
+        draw.line((70, 490 - at, 510, 490 - at), "#dddddd")
+        write(70 + at, 505, f"{k / 5:.1f}", "mm")
+        write(62, 490 - at, f"{k / 5:.1f}", "rm")
     draw.line((70, 490, 510, 50), "#999999")
     write(290, 535, "1 - specificity", "mm")
     write(70, 38, "sensitivity")
-    shown = [k for k in range(len(classes)) if {0, 1} <= set(truth[:, k])]
-    for place, k in enumerate(sorted(shown, key=lambda k: -auroc(scores[:, k], truth[:, k]))):
-        color = f"hsl({360 * place // len(shown)}, 80%, {35 + 15 * (place % 2)}%)"
-        known = ~np.isnan(truth[:, k])
-        s, t = scores[known, k], truth[known, k]
+    area = {k: auroc(scores[:, k], truth[:, k]) for k in range(len(classes))}
+    shown = sorted((k for k in area if area[k] == area[k]), key=lambda k: -area[k])
+    for place, k in enumerate(shown):
+        s, t = scores[:, k], truth[:, k]
         cuts = np.concatenate([[np.inf], np.unique(s)[::-1]])  # tied scores share one point
         tpr, fpr = ([(s[t == v] >= cut).mean() for cut in cuts] for v in (1, 0))
-        draw.line([(70 + 440 * a, 490 - 440 * b) for a, b in zip(fpr, tpr, strict=True)], color, 2)
+        color = f"hsl({360 * place // len(shown)}, 80%, {35 + 15 * (place % 2)}%)"
+        draw.line([(70 + 440 * x, 490 - 440 * y) for x, y in zip(fpr, tpr, strict=True)], color, 2)
         draw.rectangle((530, 62 + 24 * place, 550, 70 + 24 * place), color)
-        write(558, 66 + 24 * place, f"{classes[k]}  {auroc(s, t):.3f} (n+ {int(t.sum())})")
+        write(558, 66 + 24 * place, f"{classes[k]}  {area[k]:.3f} (n+ {int((t == 1).sum())})")
     return image
 
 
 def draw_align(metrics):
     """CXR-Align accuracy A and B, overall and by condition, with 95 % intervals and chance."""
     names = ["", *(name[2:] for name in metrics if name.startswith("A "))]
-    image, draw, write = _canvas(860, 110 + 46 * len(names), "CXR-Align accuracy, percent")
     bottom = 60 + 46 * len(names)
+    image, draw, write = _canvas(860, bottom + 50, "CXR-Align accuracy, percent")
     for k in range(0, 101, 25):
         draw.line((260 + 5 * k, 50, 260 + 5 * k, bottom), "black" if k == 50 else "#dddddd")
         write(260 + 5 * k, bottom + 14, k, "mm")
@@ -717,8 +725,8 @@ def draw_align(metrics):
         for task, color, y in (("A", "#3b6fb6", 58), ("B", "#e08a2e", 75)):
             metric = metrics[f"{task} {name}".strip()]
             value, low, high = (260 + 500 * x for x in (metric["value"], *metric["interval"]))
+            y += 46 * place
             if value == value:
-                y += 46 * place
                 draw.rectangle((260, y, value, y + 15), color)
                 draw.line((low, y + 7, high, y + 7), "black", 2)
                 write(high + 8, y + 8, f"{100 * metric['value']:.1f}", size=13)
@@ -726,67 +734,65 @@ def draw_align(metrics):
 
 
 def draw_soft_labels(bench, thresholds, count=12):
-    """y_t, y_c and y_g (Sec. 4.2, 4.3) of a batch: reports first, then their hard negatives."""
-    picked = [i for i, *_ in bench.negatives[:count]] or list(range(min(count, len(bench.reports))))
-    records = [bench.manifest[i] for i in picked]
-    sides = records + [r["hard_negatives"][0] for r in records if r.get("hard_negatives")]
-    streams = {"text": bench.texts([side.get("report") or "" for side in sides]),
-               "clinical": torch.from_numpy(
-                   np.stack([label_vector(side.get("labels") or {}) for side in sides]))}
+    """y_t, y_c, y_g (Sec. 4.2, 4.3) of studies with hard negatives: reports, then negatives."""
+    records = [bench.manifest[i] for i, *_ in bench.negatives[:count]]
+    sides = records + [record["hard_negatives"][0] for record in records]
+    streams = {"text": bench.texts([side["report"] for side in sides]), "clinical": torch.tensor(
+        np.stack([label_vector(side.get("labels") or {}) for side in sides]))}  # (2B, D), (2B, 14)
     if hasattr(bench.model, "gcn") and all("graph" in side for side in sides):
         with torch.inference_mode():
             streams["graph"] = bench.model.encode_graph([side["graph"] for side in sides]).cpu()
-    image, draw, write = _canvas(60 + 400 * len(streams), 500, f"Soft labels of {len(picked)} "
-                                 "studies; from the lines on: their hard negatives")
+    image, draw, write = _canvas(60 + 400 * len(streams), 490, f"Soft labels of {len(records)} "
+                                 "studies and, from the red lines on, of their hard negatives")
     for place, (name, x) in enumerate(streams.items()):
-        y = soft_labels(F.normalize(x, dim=1) @ F.normalize(x, dim=1).T, thresholds[name])
+        x, left = F.normalize(x, dim=1), 40 + 400 * place
+        y = soft_labels(x @ x.T, thresholds[name])                             # (2B, 2B)
         shade = Image.fromarray((255 * (1 - y.sqrt())).to(torch.uint8).numpy())
-        left, half = 40 + 400 * place, 70 + 360 * len(picked) // len(sides)
         image.paste(shade.resize((360, 360), Image.Resampling.NEAREST), (left, 70))
         draw.rectangle((left, 70, left + 360, 430), outline="black")
-        draw.line((left, half, left + 360, half), "red")
-        draw.line((left + half - 70, 70, left + half - 70, 430), "red")
+        draw.line((left, 250, left + 360, 250), "red")
+        draw.line((left + 180, 70, left + 180, 430), "red")
         positives = float(torch.special.entr(y).sum(1).exp().mean())
         write(left, 55, f"y_{name[0]}: {name}, tau {thresholds[name]:g}")
         write(left, 448, f"{positives:.1f} effective positives a row")
-    write(40, 478, "white 0, black 1 (square root of y, so that small shares show)", size=13)
+    write(40, 472, "white 0, black 1; the square root of y is drawn, so that small shares show")
     return image
 
 
 def draw_sheet(bench, count=4):
-    """Images with their report and the five reports ranked first. Shows report text."""
-    rows, _, texts = bench.sheet
+    """Images with their report and the five reports ranked first: it shows report text."""
     image, _, write = _canvas(1100, 50 + 280 * count, "Retrieval: own report, then the top five")
-    embedded = bench.texts(texts)
-    for place, row in enumerate(np.random.default_rng(bench.opt.seed).permutation(rows)[:count]):
-        top = 50 + 280 * place
-        path = bench.manifest.image_path(bench.manifest[row])
-        image.paste(read_image(path).resize((250, 250)), (15, top))
-        best = (embedded @ bench.images[row]).topk(min(5, len(texts))).indices
-        for k, text in enumerate([bench.reports[row], *(texts[i] for i in best)]):
-            own = text == bench.reports[row]
-            for part, line in enumerate(textwrap.wrap(f"{k or 'own'}: {text}", 125, max_lines=2)):
-                write(285, top + 12 + 42 * k + 19 * part, line, size=13, fill="green" if own else "black")
+    texts = [text for text in dict.fromkeys(bench.reports) if text]
+    embedded = bench.texts(texts)                                              # (m, D)
+    for place, i in enumerate(np.random.default_rng(0).permutation(len(bench.reports))[:count]):
+        top, own = 50 + 280 * place, bench.reports[i]
+        picture = read_image(bench.manifest.image_path(bench.manifest[i]))
+        image.paste(picture.resize((250, 250)), (15, top))
+        best = (embedded @ bench.images[i]).topk(min(5, len(texts))).indices
+        for k, text in enumerate([own, *(texts[j] for j in best)]):
+            for line, part in enumerate(textwrap.wrap(f"{k or 'own'}: {text}", 125, max_lines=2)):
+                write(285, top + 12 + 42 * k + 19 * line, part, "lm", 13,
+                      "green" if text == own else "black")
     return image
 
 
 def save_figures(bench, result, folder, show_reports):
-    """Write what the tasks left behind as PNG files."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = Path(result["run"]) / "config.json"
-    config = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    known = DynamicSoftContrastiveLoss().thresholds
-    pictures = {"soft-labels": draw_soft_labels(
-        bench, {name: config.get(f"tau_{name}", tau) for name, tau in known.items()})}
+    """Draw what the tasks left behind, as PNG files."""
+    config, pictures = Path(result["run"]) / "config.json", {}
+    flags = json.loads(config.read_bytes()).get("flags", {}) if config.is_file() else {}
+    if bench.negatives:
+        taus = DynamicSoftContrastiveLoss().thresholds.items()  # a run's own, else the defaults
+        taus = {name: flags.get(f"tau_{name}", tau) for name, tau in taus}
+        pictures["soft-labels"] = draw_soft_labels(bench, taus)
     if "zero-shot" in result["tasks"]:
         pictures["roc"] = draw_roc(*bench.curves)
     if "cxr-align" in result["tasks"]:
         pictures["cxr-align"] = draw_align(result["tasks"]["cxr-align"]["metrics"])
     if show_reports and "retrieval" in result["tasks"]:
         pictures["retrieval"] = draw_sheet(bench)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
-        picture.save(folder / f"{name}.png")
+        picture.save(Path(folder) / f"{name}.png")
 
 
 # ---- the command line
@@ -795,8 +801,8 @@ def save_figures(bench, result, folder, show_reports):
 def load_any(path, device):
     """A model from what load_model takes, or from a Python file that defines load().
 
-    What load() returns needs encode_image(pixels (B, ...)) and encode_text(list of str) -> (B, D)
-    and transform(grey PIL image) -> tensor.
+    load() returns an object with encode_image(pixels (B, ...)) and encode_text(list of str), both
+    -> (B, D), and transform(grey PIL image) -> tensor. Raises ValueError naming what is missing.
     """
     if not path.endswith(".py"):
         return load_model(path, device)
@@ -811,34 +817,33 @@ def load_any(path, device):
 
 
 def parse(words):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     description=__doc__.split("\n\n")[0])
     parser.add_argument("run", nargs="?", help="run folder, checkpoint, Hugging Face CLIP folder, "
                         "or Python file with load()")
     flag = parser.add_argument_group("data").add_argument
-    flag("--data", metavar="X.jsonl", help="manifest: with labels or targets; for cxr-align with "
-         "hard negatives")
-    flag("--split", default="test", choices=(*SPLITS, "all"), help="rows to score; the paper "
-         "scores test; fine-tune always takes all three")
+    flag("--data", metavar="X.jsonl", help="manifest; cxr-align needs one with hard negatives")
+    flag("--split", default="test", choices=(*SPLITS, "all"),
+         help="rows to score, the paper's being test; fine-tune takes all three whatever this says")
     flag("--image-root", metavar="DIR", help="where the images are, if not where X.jsonl says")
-    flag("--conditions", nargs="+", metavar="NAME", help="only these classes")
+    flag("--conditions", nargs="+", metavar="NAME", help="only these classes; none means all")
     flag = parser.add_argument_group("task").add_argument
-    flag("--task", default="all", choices=(*TASKS, "all"), help="all does whatever X.jsonl allows "
-         "and says why it skips the rest")
-    flag("--pool", type=int, default=0, help="normal-case: this many abnormal reports, 0 for all; "
-         "the paper's is 2999")
-    flag("--fraction", type=float, nargs="+", default=OPTIONS["fraction"], help="fine-tune: shares "
-         "of the training patients; the paper's are 0.1 and 1")
-    flag("--full", action="store_true", help="fine-tune: the image encoder too, not just a linear "
-         "probe; wants a GPU")
+    flag("--task", default="all", choices=(*TASKS, "all"),
+         help="all does whatever X.jsonl allows and says why it skips the rest")
+    flag("--pool", type=int, default=0,
+         help="normal-case: number of abnormal reports, 0 for all; the paper's is 2999")
+    flag("--fraction", type=float, nargs="+", default=OPTIONS["fraction"],
+         help="fine-tune: shares of the training patients; the paper's are 0.1 and 1")
+    flag("--full", action="store_true",
+         help="fine-tune: train the image encoder, not just a linear probe; wants a GPU")
     flag = parser.add_argument_group("run").add_argument
-    flag("--compare", nargs="+", metavar="JSON", help="print the paper's tables of result files")
+    flag("--compare", nargs="+", metavar="JSON", help="print the tables of these result files")
     flag("--out", metavar="JSON", help="result file; if not given, results-TASK-SET-SPLIT.json in "
          "RUN, where that is a run folder")
-    flag("--figures", metavar="DIR", help="draw ROC curves, CXR-Align bars and soft labels there")
-    flag("--show-reports", action="store_true", help="with --figures, a retrieval sheet: it shows "
-         "images and report text")
-    flag("--batch-size", type=int, default=64, help="items encoded at once; lower it if memory ends")
+    flag("--figures", metavar="DIR", help="draw ROC curves, CXR-Align bars, soft labels there")
+    flag("--show-reports", action="store_true",
+         help="with --figures: a retrieval sheet too, which shows images and report text")
+    flag("--batch-size", type=int, default=64, help="items at once; lower it if memory runs out")
     flag("--workers", type=int, default=2, help="processes that read images; free cores at most")
     flag("--seed", type=int, default=0, help="of resamples, pools, pairs and fractions")
     flag("--resamples", type=int, default=1000, help="bootstrap resamples for the intervals")
@@ -846,7 +851,7 @@ def parse(words):
     args = parser.parse_args(words)
     if not args.compare and not (args.run and args.data):
         parser.error("expected RUN and --data X.jsonl, or --compare A.json B.json ...")
-    if not all(0 < fraction <= 1 for fraction in args.fraction):
+    if not all(0 < share <= 1 for share in args.fraction):
         parser.error("--fraction: expected shares above 0, up to 1")
     return args
 
@@ -870,34 +875,33 @@ def main(argv=None):
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if cuda else "gloo")
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    manifest = Manifest(args.data, args.split, args.image_root)
-    model = load_any(args.run, args.device)
-    args.progress = first
-    bench = Bench(model, manifest, **{name: getattr(args, name) for name in OPTIONS})
+    args.progress = not dist.is_initialized() or dist.get_rank() == 0
+    bench = Bench(load_any(args.run, args.device), Manifest(args.data, args.split, args.image_root),
+                  **{name: getattr(args, name) for name in OPTIONS})
+    versions = {module.__name__: module.__version__
+                for module in (np, PIL, torch, torchvision, transformers)}
     result = {"model": Path(args.run).resolve().name, "run": args.run, "set": bench.set,
-              "split": args.split, **provenance(args.seed, args.resamples, words),
-              "tasks": {}, "skipped": {}}
+              "split": args.split, "command": shlex.join(["python", "evaluate.py", *words]),
+              "seed": args.seed, "resamples": args.resamples, "git": git_revision(),
+              "versions": {"python": sys.version.split()[0], **versions}, "tasks": {}}
     for task in TASKS if args.task == "all" else [args.task]:
         try:
             result["tasks"][task] = TASKS[task](bench)
         except ValueError as error:
             if args.task != "all":
                 raise
-            result["skipped"][task] = str(error)
+            bench.notes.append(f"skipped {task}: {error}")
     result["notes"] = bench.notes
-    if first:
+    if args.progress:  # rank 0
         finish(bench, result, args)
-    if dist.is_initialized():
+    if dist.is_initialized() and argv is None:
         dist.destroy_process_group()
 
 
 def finish(bench, result, args):
-    """Print, draw and write: rank 0 alone."""
-    print(details(result))
-    for note in bench.notes + [f"skipped {task}: {why}" for task, why in result["skipped"].items()]:
-        print(f"note: {note}", file=sys.stderr)
-    print("\n" + table([result]))
+    """Print, draw and write a result."""
+    notes = [f"note: {note}" for note in bench.notes]
+    print(details(result), *notes, "", table([result]), sep="\n")
     if args.figures:
         save_figures(bench, result, args.figures, args.show_reports)
     run, out = Path(args.run), args.out

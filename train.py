@@ -167,7 +167,7 @@ def ignore_signals(_worker):
 
 
 def open_folder(args):
-    """The run folder, made anew or opened to resume, and locked for this process."""
+    """The run folder of --out, or a fresh one; one that exists is only opened to resume."""
     if args.out is None:
         number = 1
         while (folder := Path("runs") / f"run-{number:03}").exists():
@@ -178,12 +178,19 @@ def open_folder(args):
             raise ValueError(f"{folder}: exists; continue it with --resume latest or choose "
                              "another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    return folder
+
+
+def lock_folder(folder):
+    """An open file whose lock keeps other runs out for as long as it lives."""
+    lock = open(folder / ".lock", "w")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until this process ends
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"{folder}: in use by another process") from None
-    return folder
+    for leftover in folder.glob(".*.pt.*"):  # of a save that a kill cut short
+        leftover.unlink()
+    return lock
 
 
 def find_checkpoint(args, folder):
@@ -514,7 +521,8 @@ def main(argv=None):
         raise ValueError(f"--batch-size {args.batch_size}: expected a multiple of {world} ranks x "
                          f"--accumulate {args.accumulate}")
     began = time.perf_counter()
-    folder = on_rank_0(lambda: open_folder(args), rank, world)
+    folder, locks = on_rank_0(lambda: open_folder(args), rank, world), []
+    on_rank_0(lambda: locks.append(lock_folder(folder)), rank, world)
     path = args.train or on_rank_0(phantom, rank, world)
     on_rank_0(lambda: len(Manifest(path)), rank, world)  # one rank alone writes the index
     train_rows = Manifest(path, "train", args.image_root)
@@ -536,7 +544,7 @@ def main(argv=None):
         run.resume(saved)
     if run.state["validated"] < total:
         run.start_log(total, len(studies), len(val_rows))
-        model = DistributedDataParallel(clip, broadcast_buffers=False) if world > 1 else clip
+        model = DistributedDataParallel(clip) if world > 1 else clip
         train(run, model, build_loss(args), studies, val_rows, steps_per_epoch, total)
     if rank == 0:
         if args.export:

@@ -35,7 +35,7 @@ def study(i, findings, **extra):
                   "omitted": f"Study number {i}.", "labels": {}, "position": "end"}
                  for name in findings]
     return {"id": f"toy/{i}", "image": f"{i}.png", "patient": str(i // 2), "report": report,
-            "labels": labels, "split": ("train", "val", "test")[i // 2 % 3],
+            "labels": labels, "targets": labels, "split": ("train", "val", "test")[i // 2 % 3],
             "hard_negatives": negatives} | extra
 
 
@@ -205,10 +205,360 @@ def test_a_model_that_sees_solves_every_task_and_a_blind_one_none(tmp_path):
     sees, blind = bench(path), bench(path, Blind())
     assert value(ev.zero_shot(sees), "macro AUROC") == 1
     assert value(ev.zero_shot(blind), "macro AUROC") == 0.5
-    for task, metric in ((ev.cxr_align, "A"), (ev.cxr_align, "B"), (ev.adversarial, "both"), (ev.normal_case, "accuracy")):
+    for task, metric in ((ev.cxr_align, "A"), (ev.cxr_align, "B"), (ev.adversarial, "both"),
+                         (ev.normal_case, "accuracy")):
         assert value(task(sees), metric) == 1, metric
         assert value(task(blind), metric) == 0, metric  # ties are wrong
     result = ev.retrieval(sees)
     assert value(result, "micro F1") == 1 and result["candidates"] < result["n"]
     result = ev.retrieval(blind)
     assert value(result, "@10") == 0 and value(result, "mean rank") == result["candidates"]
+
+
+def test_equal_reports_are_one_candidate_and_one_encoding(tmp_path):
+    rows = [study(i, ["Edema"], report="One and the same.") for i in range(5)]
+    path = write(tmp_path, rows + [study(9, ["Edema"], report="Another."), study(10, [], report="")])
+    seen = []
+
+    class Counting(Seer):
+        def encode_text(self, texts):
+            seen.extend(texts)
+            return super().encode_text(texts)
+
+    result = ev.retrieval(bench(path, Counting()))
+    assert result["candidates"] == 2 and result["n"] == 6  # a study without a report takes no part
+    assert sorted(seen) == ["Another.", "One and the same."]
+
+
+def test_embeddings_keep_the_order_of_what_was_asked(tmp_path):
+    path = toy(tmp_path, 11)
+    texts = ["b", "aaaa", "b", "There is edema.", ""]
+    embedded = ev.embed_texts(Seer(), texts, batch_size=2)
+    assert torch.equal(embedded, torch.cat([Seer().encode_text([text]) for text in texts]))
+    images = ev.embed_images(Seer(), Manifest(path), batch_size=4, workers=1)
+    alone = [Seer().transform(Image.open(tmp_path / f"{i}.png"))[None] for i in range(11)]
+    assert torch.allclose(images, torch.cat([Seer().encode_image(one) for one in alone]))
+
+
+def test_labels_are_the_truth_where_there_are_no_targets(tmp_path):
+    rows = [study(i, ["Edema"] * (i % 2)) for i in range(6)]
+    for row in rows:
+        del row["targets"]
+    rows[0]["labels"] = {"Edema": -1}                  # uncertain: left out
+    rows[2]["labels"] = {"Cardiomegaly": 1}            # Edema not mentioned: absent
+    rows[4] |= {"targets": {"Edema": 1}}               # targets win over labels
+    truth = bench(write(tmp_path, rows[:4])).columns(["Edema", "Cardiomegaly"]).numpy()
+    assert np.array_equal(truth, [[np.nan, 0], [1, 0], [0, 1], [1, 0]], equal_nan=True)
+    mixed = bench(write(tmp_path, rows))
+    assert mixed.classes == ["Edema"] and mixed.truth[4, 0] == 1
+
+
+def test_a_class_with_one_label_is_nan_with_a_note(tmp_path):
+    rows = [study(i, ["Edema"] * (i % 2)) for i in range(8)]
+    graded = bench(write(tmp_path, rows))
+    result = ev.zero_shot(graded)
+    assert np.isnan(value(result, "AUROC Cardiomegaly")) and np.isnan(value(result, "AP Cardiomegaly"))
+    assert value(result, "macro AUROC") == 1 and "Cardiomegaly" in graded.notes[0]
+    with pytest.raises(ValueError, match="no class has both positive and negative"):
+        ev.zero_shot(bench(write(tmp_path, [study(i, ["Edema"]) for i in range(4)])))
+
+
+def test_five_exclusive_classes_are_scored_as_one_choice(tmp_path):
+    five = ["Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion"]
+    rows = [study(i, [five[i % 5]], targets={name: int(name == five[i % 5]) for name in five})
+            for i in range(20)]
+    path = write(tmp_path, rows)
+
+    class Chooser(Blind):
+        def encode_text(self, texts):  # only knows Edema, and likes it for every image
+            return torch.tensor([[1.0, 0] if "edema" in text else [0.8, 0.6] for text in texts])
+
+        def encode_image(self, pixels):
+            return torch.tensor([[1.0, 0]]).repeat(len(pixels), 1)
+
+    result = ev.zero_shot(bench(path, Chooser()))
+    assert value(result, "5-way accuracy") == pytest.approx(0.2)
+    assert result["row"] == {"ZS ACC": "5-way accuracy"}
+    rows[0]["targets"]["Edema"] = rows[0]["targets"]["Atelectasis"] = 1
+    assert "5-way accuracy" not in ev.zero_shot(bench(write(tmp_path, rows), Chooser()))["metrics"]
+
+
+def test_every_class_name_gets_both_prompts():
+    for name in (*ev.CONDITIONS, "Nodule/Mass", "Rib fracture", "Pleural_Thing"):
+        yes, no = ev.prompts(name)
+        assert len(yes) > 1 and len(no) > 1 and not set(yes) & set(no)
+        assert all(text[0].isupper() and "_" not in text and "{" not in text for text in yes + no)
+    assert "ormal" in ev.prompts("No Finding")[0][0] and "bnormal" in ev.prompts("No Finding")[1][0]
+
+
+def test_adversarial_takes_given_pairs_and_draws_the_same_for_a_subset(tmp_path):
+    path = toy(tmp_path)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    drawn, model = [], Seer()
+    for subset in (rows, rows[::3]):
+        graded = bench(write(tmp_path, subset), model)
+        picked = {}
+        for i in range(len(subset)):
+            one = ev.Manifest(write(tmp_path, [subset[i]]))
+            try:
+                picked[subset[i]["id"]] = list(ev.adversarial(ev.Bench(model, one, resamples=0))["prompts"])
+            except ValueError:
+                pass  # a normal study has no present class
+        drawn.append(picked)
+        assert ev.adversarial(graded)["metrics"]["both"]["chance"] == 0.25
+    assert all(drawn[0][name] == pair for name, pair in drawn[1].items()) and drawn[1]
+    rows[3]["adversarial"] = [["Pneumothorax", "Edema"], ["Edema", "Pneumothorax"]]
+    result = ev.adversarial(bench(write(tmp_path, rows)))
+    assert result["n"] == 2 and result["pairs"] == "of ProbMed"
+
+
+def test_normal_case_hides_a_report_among_a_pool_of_abnormal_ones(tmp_path):
+    path = toy(tmp_path)
+    result = ev.normal_case(bench(path, pool=7))
+    assert result["pool"] == 7 and result["metrics"]["accuracy"]["chance"] == 1 / 8
+    with pytest.raises(ValueError, match="lower --pool"):
+        ev.normal_case(bench(path, pool=1000))
+    rows = [study(0, []), study(1, ["Edema"]), study(2, ["Edema"], report=NORMAL_REPORT)]
+    assert ev.normal_case(bench(write(tmp_path, rows)))["pool"] == 1  # a normal text is no decoy
+    with pytest.raises(ValueError, match='needs a normal study \\("No Finding": 1\\)'):
+        ev.normal_case(bench(write(tmp_path, rows[1:])))
+
+
+def test_cxr_align_reads_the_first_negative_and_leaves_out_empty_remainders(tmp_path):
+    rows = [study(i, ["Edema", "Cardiomegaly"][: 1 + i % 2]) for i in range(4)]
+    rows[0]["hard_negatives"][0]["omitted"] = " "
+    rows[1]["hard_negatives"][0]["report"] = rows[1]["report"]  # a negation that changes nothing
+    result = ev.cxr_align(bench(write(tmp_path, rows)))
+    assert (result["n"], result["n_B"], result["conditions"]) == (4, 3, {"Edema": 4})
+    assert value(result, "A") == 0.75 and value(result, "A Edema") == 0.75
+    only = bench(write(tmp_path, rows), conditions=["Cardiomegaly"])
+    with pytest.raises(ValueError, match="negations.py IN.jsonl --out"):
+        ev.cxr_align(only)
+
+
+# ---- fine-tuning
+
+
+def test_a_linear_probe_learns_what_the_embedding_holds(tmp_path):
+    result = ev.fine_tune(bench(toy(tmp_path, 120), split="test", fraction=[0.2, 1.0]))
+    assert value(result, "FT100 macro AUROC") == 1
+    assert list(result["row"]) == ["FT20 AUC", "FT100 AUC"]
+    assert result["train"]["0.2"] < result["train"]["1.0"]
+    blind = ev.fine_tune(bench(toy(tmp_path, 120), Blind(), split="test", fraction=[1.0]))
+    assert value(blind, "FT100 macro AUROC") == 0.5  # the negative control
+
+
+def test_fractions_of_patients_are_nested(tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr(ev, "fit", lambda train, val, rows, names: (
+        taken.append(set(rows)), (train.model, lambda x: np.zeros((len(x), len(names)))))[1])
+    graded = bench(toy(tmp_path, 120), split="test", fraction=[1.0, 0.3, 0.6])
+    ev.fine_tune(graded)
+    assert taken[0] < taken[1] < taken[2]
+    patients = graded.manifest.__class__(graded.manifest.path, "train").patients
+    inside, outside = (patients[list(rows)] for rows in (taken[0], taken[2] - taken[0]))
+    assert not set(inside) & set(outside)  # whole patients
+
+
+def test_full_fine_tuning_trains_a_copy_of_the_encoder(tmp_path, monkeypatch):
+    monkeypatch.setattr(ev, "FULL_EPOCHS", 2)
+    torch.manual_seed(0)
+    model = ClinicalCLIP("tiny", "tiny", width=16, image_size=32, graph=False).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained = []
+    embed = ev.embed_images
+    monkeypatch.setattr(ev, "embed_images", lambda m, *rest: (trained.append(m), embed(m, *rest))[1])
+    result = ev.fine_tune(bench(toy(tmp_path, 60), model, split="test", fraction=[1.0], full=True))
+    assert "FT100 full macro AUROC" in result["metrics"]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    last = trained[-2].state_dict() if trained[-1] is model else trained[-1].state_dict()
+    assert any(not torch.equal(before[name], tensor) for name, tensor in last.items())
+
+
+def test_fine_tuning_says_which_split_is_missing_and_whose_patients_leak(tmp_path):
+    rows = [json.loads(line) for line in toy(tmp_path, 60).read_text().splitlines()]
+    leaky = write(tmp_path, [row | {"patient": str(i % 7)} for i, row in enumerate(rows)])
+    graded = bench(leaky, split="test", fraction=[1.0])
+    ev.fine_tune(graded)
+    assert "patients" in graded.notes[0]
+    for row in rows:
+        row["split"] = row["split"].replace("val", "train")
+    with pytest.raises(ValueError, match="split val.: no studies"):
+        ev.fine_tune(bench(write(tmp_path, rows), split="test"))
+
+
+# ---- models, ranks, files
+
+
+def hugging_face_clip(folder):
+    """A tiny random CLIPModel with its processor, saved as a user would have it."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+    letters = [chr(i) for i in range(33, 127)]
+    words = letters + [f"{letter}</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    tiny = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(
+        text_config=tiny | {"vocab_size": len(words), "eos_token_id": len(words) - 1},
+        vision_config=tiny | {"image_size": 32, "patch_size": 16}, projection_dim=8,
+    )).save_pretrained(folder)
+    image_processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_a_hugging_face_clip_folder_is_measured_by_the_same_code(tmp_path):
+    folder, out = hugging_face_clip(tmp_path / "clip"), tmp_path / "out.json"
+    ev.main([str(folder), "--data", str(toy(tmp_path)), "--split", "all", "--out", str(out),
+             "--resamples", "20", "--workers", "0"])
+    result = json.loads(out.read_text())
+    assert set(result["tasks"]) == set(ev.TASKS) and result["model"] == "clip"
+    assert not list(folder.glob("results*"))  # somebody else's folder is left alone
+
+
+def test_a_python_file_with_load_is_a_model(tmp_path):
+    file = tmp_path / "peer.py"
+    file.write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+                    "from test_evaluate import Seer\n\n\ndef load():\n    return Seer()\n")
+    model = ev.load_any(str(file), "cpu")
+    assert value(ev.zero_shot(bench(toy(tmp_path), model)), "macro AUROC") == 1
+    file.write_text("def load():\n    return object()\n")
+    with pytest.raises(ValueError, match="an object with encode_image"):
+        ev.load_any(str(file), "cpu")
+
+
+def save_run(folder):
+    torch.manual_seed(0)
+    model = ClinicalCLIP("tiny", "tiny", width=16, image_size=32)
+    folder.mkdir()
+    torch.save({"model": model.state_dict(), "model_config": model.config}, folder / "best.pt")
+    return folder
+
+
+def test_two_ranks_measure_what_one_measures(tmp_path):
+    run, path, results = save_run(tmp_path / "run"), toy(tmp_path, 35), []
+    for ranks in (1, 2):
+        out = tmp_path / f"{ranks}.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                   str(ranks), str(ROOT / "evaluate.py"), str(run), "--data", str(path), "--split",
+                   "all", "--out", str(out), "--resamples", "10", "--workers", "0"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("| Tab. 2 |") == 1  # rank 0 alone speaks
+        results.append(json.loads(out.read_text()))
+    one, two = (result["tasks"] for result in results)
+    assert set(one) == set(two) == set(ev.TASKS)
+    for task in one:
+        assert one[task]["n"] == two[task]["n"]
+        for name, metric in one[task]["metrics"].items():
+            other = two[task]["metrics"][name]
+            assert (metric["value"] is None and other["value"] is None
+                    or metric["value"] == pytest.approx(other["value"], abs=1e-4)), (task, name)
+
+
+def test_a_result_says_how_it_was_made_and_tells_no_report(tmp_path, capsys):
+    run, path = save_run(tmp_path / "run"), toy(tmp_path)
+    ev.main([str(run), "--data", str(path), "--split", "all", "--resamples", "20", "--workers", "0",
+             "--fraction", "1", "--seed", "3"])
+    text = (run / "results-all-toy-all.json").read_text()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    result = json.loads(text, parse_constant=refuse)
+    assert {"command", "versions", "git", "seed", "resamples", "split", "notes"} <= set(result)
+    assert result["seed"] == 3 and "Edema" in result["tasks"]["zero-shot"]["prompts"]
+    for entry in result["tasks"].values():
+        assert entry["n"] > 0 and entry["patients"] > 0 and entry["row"]
+        assert all({"value", "interval", "chance"} == set(metric) for metric in entry["metrics"].values())
+    printed = capsys.readouterr().out
+    for secret in ("Study number", NORMAL_REPORT, "toy/1", "1.png"):
+        assert secret not in text and secret not in printed
+    assert "| Tab. 6 | toy A (n=" in printed
+
+
+def test_compare_puts_the_best_of_many_models_in_bold(tmp_path, capsys):
+    for name, number in (("first", 0.5), ("second", 0.75), ("third", None)):
+        metrics = {"A": {"value": number}, "B": {"value": 0.25}}
+        entry = {"metrics": metrics, "row": {"A": "A", "B": "B"}, "n": 40 + (name == "third")}
+        (tmp_path / f"{name}.json").write_text(json.dumps(
+            {"run": f"runs/{name}", "model": name, "set": "toy", "tasks": {"cxr-align": entry}}))
+    paths = [str(tmp_path / f"{name}.json") for name in ("first", "second", "third")]
+    ev.main(["--compare", *paths])
+    assert capsys.readouterr().out.splitlines() == [
+        "| Tab. 6 | toy A (n=40) | toy B (n=40) | toy A (n=41) | toy B (n=41) |", "|---|---|---|---|---|",
+        "| first | 50.0 | **25.0** | - | - |", "| second | **75.0** | **25.0** | - | - |",
+        "| third | - | - | - | 25.0 |"]
+    (tmp_path / "bad.json").write_text("[]")
+    with pytest.raises(ValueError, match="bad.json: expected a result file"):
+        ev.main(["--compare", str(tmp_path / "bad.json")])
+
+
+def test_figures_are_drawn_and_show_reports_only_when_asked(tmp_path):
+    run, path = save_run(tmp_path / "run"), toy(tmp_path)
+    flags = [str(run), "--data", str(path), "--split", "all", "--resamples", "20", "--workers", "0",
+             "--figures", str(tmp_path / "figures")]
+    ev.main([*flags, "--fraction", "1"])
+    drawn = {file.stem for file in (tmp_path / "figures").iterdir()}
+    assert drawn == {"roc", "cxr-align", "soft-labels"}
+    for name in drawn:
+        pixels = np.array(Image.open(tmp_path / "figures" / f"{name}.png"))
+        assert pixels.shape[0] > 300 and 0.005 < (pixels.min(2) < 250).mean() < 0.9
+    ev.main([*flags, "--task", "retrieval", "--show-reports"])
+    assert (tmp_path / "figures" / "retrieval.png").is_file()
+
+
+def test_validate_gives_numbers_or_nan(tmp_path):
+    path = toy(tmp_path)
+    assert ev.validate(Seer(), Manifest(path))["auroc"] == 1
+    rows = [study(i, ["Edema"], report="") for i in range(3)]
+    assert all(np.isnan(x) for x in ev.validate(Seer(), Manifest(write(tmp_path, rows))).values())
+
+
+# ---- wrong use
+
+
+def test_wrong_use_is_one_line_that_says_what_is_missing(tmp_path):
+    path = toy(tmp_path, 8)
+    with pytest.raises(ValueError, match="unknown condition 'Gout'; expected one of Cardiomegaly"):
+        bench(path, conditions=["Gout"])
+    (tmp_path / "1.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"toy.jsonl:2: .*check` lists all such rows") as error:
+        bench(path, workers=1).images  # noqa: B018
+    assert "\n" not in str(error.value)
+    rows = [study(i, ["Edema"]) | {"split": "train"} for i in range(3)]
+    with pytest.raises(ValueError, match="no studies; choose another --split"):
+        bench(write(tmp_path, rows), split="test")
+    with pytest.raises(ValueError, match="two different"):
+        ev.retrieval(bench(write(tmp_path, [study(1, [])])))
+
+    class Broken(Seer):
+        def encode_image(self, pixels):
+            return torch.full((len(pixels), 4), float("nan"))
+
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        bench(write(tmp_path, rows), Broken()).images  # noqa: B018
+
+
+def test_the_command_ends_with_status_2_and_one_line(tmp_path):
+    rows = [study(i, ["Edema"] * (i % 2)) for i in range(4)]
+    for row in rows:
+        del row["hard_negatives"]
+    command = [sys.executable, str(ROOT / "evaluate.py"), str(save_run(tmp_path / "run")), "--data",
+               str(write(tmp_path, rows)), "--task", "cxr-align", "--split", "all"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "hard_negatives" in done.stderr
+
+
+def test_ten_thousand_reports_are_ranked_in_bounded_memory():
+    import tracemalloc
+    images, texts = torch.zeros(20, 4), torch.zeros(10_000, 4)
+    tracemalloc.start()
+    ranks, _ = ev.retrieve(images, texts, torch.zeros(20, dtype=torch.long), cells=20_000)
+    tracemalloc.stop()
+    assert ranks.tolist() == [10_000] * 20
