@@ -158,12 +158,12 @@ class GCN(nn.Module):
         i, j = edge_index
         a = torch.zeros(num_graphs, largest, largest, device=x.device)             # (G, P, P)
         a[graph_index[i], place[i], place[j]] = 1
-        a_hat = _normalize(a)                                                      # (G, P, P)
+        a_hat = _normalize(a).to(x.dtype)                                          # (G, P, P)
         h = x @ self.layer1.weight.T                                               # (V, hidden)
-        padded = h.new_zeros(num_graphs, largest, h.shape[1])
-        padded = padded.index_put((graph_index, place), h)                         # (G, P, hidden)
-        a_hat = a_hat.to(h.dtype)
-        h = torch.relu(a_hat @ padded + self.layer1.bias)                          # (G, P, hidden)
-        h = a_hat @ (h @ self.layer2.weight.T) + self.layer2.bias                  # (G, P, out)
+        h = h.new_zeros(num_graphs, largest, h.shape[1]).index_put((graph_index, place), h)
+        h = torch.relu(a_hat @ h + self.layer1.bias)                               # (G, P, hidden)
+        # The mean over nodes and the second layer are both linear: mean(A_hat H1) first, then W2.
         real = torch.arange(largest, device=x.device) < size[:, None]              # (G, P)
-        return (h * real[..., None]).sum(1) / size.clamp(min=1)[:, None]           # (G, out)
+        mean = real.to(x.dtype) / size.clamp(min=1)[:, None]                       # (G, P)
+        h = (mean[:, None] @ a_hat @ h)[:, 0]                                      # (G, hidden)
+        return self.layer2(h) * (size > 0)[:, None]                                # (G, out)

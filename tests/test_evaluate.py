@@ -53,7 +53,8 @@ def write(folder, rows, size=16):
 
 def toy(folder, n=36):
     subsets = [[], [0], [1], [2], [0, 1], [], [1, 2], [0, 2]]
-    return write(folder, [study(i, [FINDINGS[k] for k in subsets[(i * 5 + i // 8) % 8]]) for i in range(n)])
+    return write(folder, [study(i, [FINDINGS[k] for k in subsets[(i * 5 + i // 8) % 8]])
+                          for i in range(n)])
 
 
 class Seer:
@@ -66,7 +67,8 @@ class Seer:
 
     def encode_image(self, pixels):
         thirds = pixels.float().unfold(2, 16, 16).mean((1, 3))  # (B, 3)
-        return F.normalize(torch.cat([(thirds > 90).float() - 0.5, torch.full((len(pixels), 1), 0.1)], 1), dim=1)
+        seen = (thirds > 90).float() - 0.5
+        return F.normalize(torch.cat([seen, torch.full((len(pixels), 1), 0.1)], 1), dim=1)
 
     def encode_text(self, texts):
         says = [[(f"{name.lower()}" in t.lower()) * (-1 if " no " in t or "not" in t.lower() else 1)
@@ -108,7 +110,7 @@ def test_auroc_of_hand_computed_cases_counts_ties_half():
 
 def test_average_precision_of_hand_computed_cases_shares_thresholds_between_ties():
     assert ev.average_precision([4, 3, 2, 1], [1, 0, 1, 0]) == pytest.approx((1 + 2 / 3) / 2)
-    assert ev.average_precision([1, 1, 1, 1], [0, 1, 0, 0]) == 0.25  # any order would do, so the base rate
+    assert ev.average_precision([1, 1, 1, 1], [0, 1, 0, 0]) == 0.25  # the base rate
     assert ev.average_precision([2, 2, 1], [1, 0, 1]) == pytest.approx((1 / 2 + 2 / 3) / 2)
 
 
@@ -125,7 +127,8 @@ def test_metrics_match_scikit_learn_with_ties_and_weights():
         scores, truth = rng.integers(0, levels, 200) / levels, rng.integers(0, 2, 200)
         weights = rng.integers(0, 4, (200, 3)).astype(np.float32)
         assert ev.auroc(scores, truth) == pytest.approx(metrics.roc_auc_score(truth, scores))
-        assert ev.average_precision(scores, truth) == pytest.approx(metrics.average_precision_score(truth, scores))
+        expected = metrics.average_precision_score(truth, scores)
+        assert ev.average_precision(scores, truth) == pytest.approx(expected)
         both = (metrics.roc_auc_score, metrics.average_precision_score)
         for ours, theirs in zip(ev.ranking(scores, truth, weights), both, strict=True):
             expected = [theirs(truth, scores, sample_weight=weights[:, r]) for r in range(3)]
@@ -133,8 +136,9 @@ def test_metrics_match_scikit_learn_with_ties_and_weights():
     predicted, real = rng.integers(0, 2, (50, 14)), rng.integers(0, 2, (50, 14))
     ours = ev.label_f1(predicted, real)(np.ones((50, 1), np.float32))
     for kind in ("micro", "macro"):
-        theirs = metrics.precision_recall_fscore_support(real, predicted, average=kind)
-        assert [ours[f"{kind} {name}"][0] for name in ("precision", "recall", "F1")] == pytest.approx(theirs[:3], rel=1e-5)
+        theirs = metrics.precision_recall_fscore_support(real, predicted, average=kind)[:3]
+        values = [ours[f"{kind} {name}"][0] for name in ("precision", "recall", "F1")]
+        assert values == pytest.approx(theirs, rel=1e-5)
 
 
 def test_retrieval_ranks_ties_before_ones_own_text():
@@ -156,7 +160,8 @@ def test_label_f1_of_a_hand_computed_case():
     predicted, truth = np.array([[1, 0], [1, 0], [0, 0]]), np.array([[1, 0], [0, 1], [1, 0]])
     result = ev.label_f1(predicted, truth)(np.ones((3, 1), np.float32))
     assert result["micro precision"] == 1 / 2 and result["micro recall"] == pytest.approx(1 / 3)
-    assert result["macro F1"] == 0.25 and result["macro recall"] == 0.25 and result["micro F1"] == pytest.approx(2 / 5)
+    assert result["macro F1"] == 0.25 and result["macro recall"] == 0.25
+    assert result["micro F1"] == pytest.approx(2 / 5)
 
 
 def test_weighted_median_is_the_lower_middle():
@@ -166,11 +171,11 @@ def test_weighted_median_is_the_lower_middle():
 
 def test_bootstrap_draws_patients_and_not_images():
     patients = np.repeat(np.arange(20), 10)
-    values = np.repeat(np.random.default_rng(0).random(20), 10).astype(np.float32)  # a patient's images agree
+    values = np.repeat(np.random.default_rng(0).random(20), 10)  # a patient's images agree
     width = {}
     for name, groups in (("patient", patients), ("image", np.arange(200))):
-        low, high = ev.bootstrap(lambda w: {"mean": ev.means(values[None], w)[0]}, groups)["mean"]["interval"]
-        width[name] = high - low
+        result = ev.bootstrap(lambda w: {"mean": ev.means(values[None], w)[0]}, groups)
+        width[name] = -np.subtract(*result["mean"]["interval"])
     assert width["patient"] > 2 * width["image"]  # the negative control is the naive interval
     for weights in ev.resample(patients, 7, 0):
         assert (weights.reshape(20, 10, -1).std(1) == 0).all() and (weights.sum(0) == 200).all()
@@ -180,7 +185,8 @@ def test_bootstrap_interval_covers_a_known_mean_and_is_fixed_by_its_seed():
     rng, inside = np.random.default_rng(1), 0
     for _ in range(60):
         values = rng.random(100).astype(np.float32)
-        first = ev.bootstrap(lambda w, v=values: {"m": ev.means(v[None], w)[0]}, np.arange(100), 200)
+        first = ev.bootstrap(lambda w, v=values: {"m": ev.means(v[None], w)[0]}, np.arange(100),
+                             200)
         low, high = first["m"]["interval"]
         inside += low <= 0.5 <= high
     assert 50 <= inside <= 60
@@ -191,7 +197,8 @@ def test_bootstrap_of_ten_thousand_images_takes_under_five_seconds():
     rng = np.random.default_rng(0)
     scores, truth = rng.random((10_000, 1)), (rng.random((10_000, 1)) < 0.1).astype(np.float32)
     start = time.process_time()
-    result = ev.bootstrap(ev.classification(scores, truth, ["Edema"]), rng.integers(0, 5000, 10_000))
+    statistic = ev.classification(scores, truth, ["Edema"])
+    result = ev.bootstrap(statistic, rng.integers(0, 5000, 10_000))
     assert time.process_time() - start < 5
     low, high = result["macro AUROC"]["interval"]
     assert low < result["macro AUROC"]["value"] < high
@@ -217,7 +224,8 @@ def test_a_model_that_sees_solves_every_task_and_a_blind_one_none(tmp_path):
 
 def test_equal_reports_are_one_candidate_and_one_encoding(tmp_path):
     rows = [study(i, ["Edema"], report="One and the same.") for i in range(5)]
-    path = write(tmp_path, rows + [study(9, ["Edema"], report="Another."), study(10, [], report="")])
+    rows += [study(9, ["Edema"], report="Another."), study(10, [], report="")]
+    path = write(tmp_path, rows)
     seen = []
 
     class Counting(Seer):
@@ -234,7 +242,8 @@ def test_embeddings_keep_the_order_of_what_was_asked(tmp_path):
     path = toy(tmp_path, 11)
     texts = ["b", "aaaa", "b", "There is edema.", ""]
     embedded = ev.embed_texts(Seer(), texts, batch_size=2)
-    assert torch.equal(embedded, torch.cat([Seer().encode_text([text]) for text in texts]))
+    alone = torch.cat([Seer().encode_text([text]) for text in texts])
+    assert torch.allclose(embedded, alone) and not torch.allclose(embedded, alone.flip(0))
     images = ev.embed_images(Seer(), Manifest(path), batch_size=4, workers=1)
     alone = [Seer().transform(Image.open(tmp_path / f"{i}.png"))[None] for i in range(11)]
     assert torch.allclose(images, torch.cat([Seer().encode_image(one) for one in alone]))
@@ -257,7 +266,7 @@ def test_a_class_with_one_label_is_nan_with_a_note(tmp_path):
     rows = [study(i, ["Edema"] * (i % 2)) for i in range(8)]
     graded = bench(write(tmp_path, rows))
     result = ev.zero_shot(graded)
-    assert np.isnan(value(result, "AUROC Cardiomegaly")) and np.isnan(value(result, "AP Cardiomegaly"))
+    assert all(np.isnan(value(result, f"{metric} Cardiomegaly")) for metric in ("AUROC", "AP"))
     assert value(result, "macro AUROC") == 1 and "Cardiomegaly" in graded.notes[0]
     with pytest.raises(ValueError, match="no class has both positive and negative"):
         ev.zero_shot(bench(write(tmp_path, [study(i, ["Edema"]) for i in range(4)])))
@@ -296,20 +305,21 @@ def test_adversarial_takes_given_pairs_and_draws_the_same_for_a_subset(tmp_path)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     drawn, model = [], Seer()
     for subset in (rows, rows[::3]):
-        graded = bench(write(tmp_path, subset), model)
+        assert value(ev.adversarial(bench(write(tmp_path, subset), model)), "both") == 1
         picked = {}
         for i in range(len(subset)):
             one = ev.Manifest(write(tmp_path, [subset[i]]))
             try:
-                picked[subset[i]["id"]] = list(ev.adversarial(ev.Bench(model, one, resamples=0))["prompts"])
+                result = ev.adversarial(ev.Bench(model, one, resamples=0))
+                picked[subset[i]["id"]] = list(result["prompts"])
             except ValueError:
                 pass  # a normal study has no present class
         drawn.append(picked)
-        assert ev.adversarial(graded)["metrics"]["both"]["chance"] == 0.25
     assert all(drawn[0][name] == pair for name, pair in drawn[1].items()) and drawn[1]
     rows[3]["adversarial"] = [["Pneumothorax", "Edema"], ["Edema", "Pneumothorax"]]
     result = ev.adversarial(bench(write(tmp_path, rows)))
     assert result["n"] == 2 and result["pairs"] == "of ProbMed"
+    assert result["metrics"]["both"]["chance"] == 0.25
 
 
 def test_normal_case_hides_a_report_among_a_pool_of_abnormal_ones(tmp_path):
@@ -365,9 +375,13 @@ def test_full_fine_tuning_trains_a_copy_of_the_encoder(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = ClinicalCLIP("tiny", "tiny", width=16, image_size=32, graph=False).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    trained = []
-    embed = ev.embed_images
-    monkeypatch.setattr(ev, "embed_images", lambda m, *rest: (trained.append(m), embed(m, *rest))[1])
+    trained, embed = [], ev.embed_images
+
+    def embed_and_remember(model, *rest):
+        trained.append(model)
+        return embed(model, *rest)
+
+    monkeypatch.setattr(ev, "embed_images", embed_and_remember)
     result = ev.fine_tune(bench(toy(tmp_path, 60), model, split="test", fraction=[1.0], full=True))
     assert "FT100 full macro AUROC" in result["metrics"]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -406,7 +420,8 @@ def hugging_face_clip(folder):
         text_config=tiny | {"vocab_size": len(words), "eos_token_id": len(words) - 1},
         vision_config=tiny | {"image_size": 32, "patch_size": 16}, projection_dim=8,
     )).save_pretrained(folder)
-    image_processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    image_processor = CLIPImageProcessor(size={"shortest_edge": 32},
+                                         crop_size={"height": 32, "width": 32})
     CLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
     return folder
 
@@ -443,9 +458,10 @@ def test_two_ranks_measure_what_one_measures(tmp_path):
     run, path, results = save_run(tmp_path / "run"), toy(tmp_path, 35), []
     for ranks in (1, 2):
         out = tmp_path / f"{ranks}.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                   str(ranks), str(ROOT / "evaluate.py"), str(run), "--data", str(path), "--split",
-                   "all", "--out", str(out), "--resamples", "10", "--workers", "0"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   "--nproc-per-node", str(ranks), str(ROOT / "evaluate.py"), str(run), "--data",
+                   str(path), "--split", "all", "--out", str(out), "--resamples", "10",
+                   "--workers", "0"]
         done = subprocess.run(command, capture_output=True, text=True, check=False,
                               env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
@@ -475,7 +491,8 @@ def test_a_result_says_how_it_was_made_and_tells_no_report(tmp_path, capsys):
     assert result["seed"] == 3 and "Edema" in result["tasks"]["zero-shot"]["prompts"]
     for entry in result["tasks"].values():
         assert entry["n"] > 0 and entry["patients"] > 0 and entry["row"]
-        assert all({"value", "interval", "chance"} == set(metric) for metric in entry["metrics"].values())
+        assert all(set(metric) == {"value", "interval", "chance"}
+                   for metric in entry["metrics"].values())
     printed = capsys.readouterr().out
     for secret in ("Study number", NORMAL_REPORT, "toy/1", "1.png"):
         assert secret not in text and secret not in printed
@@ -491,7 +508,8 @@ def test_compare_puts_the_best_of_many_models_in_bold(tmp_path, capsys):
     paths = [str(tmp_path / f"{name}.json") for name in ("first", "second", "third")]
     ev.main(["--compare", *paths])
     assert capsys.readouterr().out.splitlines() == [
-        "| Tab. 6 | toy A (n=40) | toy B (n=40) | toy A (n=41) | toy B (n=41) |", "|---|---|---|---|---|",
+        "| Tab. 6 | toy A (n=40) | toy B (n=40) | toy A (n=41) | toy B (n=41) |",
+        "|---|---|---|---|---|",
         "| first | 50.0 | **25.0** | - | - |", "| second | **75.0** | **25.0** | - | - |",
         "| third | - | - | - | 25.0 |"]
     (tmp_path / "bad.json").write_text("[]")
@@ -508,7 +526,7 @@ def test_figures_are_drawn_and_show_reports_only_when_asked(tmp_path):
     assert drawn == {"roc", "cxr-align", "soft-labels"}
     for name in drawn:
         pixels = np.array(Image.open(tmp_path / "figures" / f"{name}.png"))
-        assert pixels.shape[0] > 300 and 0.005 < (pixels.min(2) < 250).mean() < 0.9
+        assert pixels.shape[0] > 250 and 0.005 < (pixels.min(2) < 250).mean() < 0.9
     ev.main([*flags, "--task", "retrieval", "--show-reports"])
     assert (tmp_path / "figures" / "retrieval.png").is_file()
 
@@ -531,6 +549,10 @@ def test_wrong_use_is_one_line_that_says_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match=r"toy.jsonl:2: .*check` lists all such rows") as error:
         bench(path, workers=1).images  # noqa: B018
     assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="toy.jsonl:2"):  # "all" skips tasks, never an image
+        ev.main([str(save_run(tmp_path / "run")), "--data", str(path), "--split", "all"])
+    with pytest.raises(ValueError, match="toy.jsonl:2"):
+        ev.validate(Seer(), Manifest(path))
     rows = [study(i, ["Edema"]) | {"split": "train"} for i in range(3)]
     with pytest.raises(ValueError, match="no studies; choose another --split"):
         bench(write(tmp_path, rows), split="test")

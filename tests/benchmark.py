@@ -1,0 +1,158 @@
+"""Timings and memory as ratios, measured side by side in one run: `python tests/benchmark.py`.
+
+    python tests/benchmark.py                   everything that is installed
+    python tests/benchmark.py loss gcn          these parts
+
+Absolute times depend on the machine; each row compares two things that ran in turns.
+
+SPDX-License-Identifier: MIT
+"""
+
+import itertools
+import multiprocessing
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from gcn import GCN  # noqa: E402
+from loss import DynamicSoftContrastiveLoss  # noqa: E402
+
+
+def ratio(first, second, runs=7):
+    """Median over runs of time(first) / time(second), the two taken in turns, and both medians."""
+    times = ([], [])
+    for _ in range(runs + 1):
+        for function, kept in zip((first, second), times, strict=True):
+            began = time.perf_counter()
+            function()
+            kept.append(time.perf_counter() - began)
+    pairs = [a / b for a, b in zip(*(t[1:] for t in times), strict=True)]
+    return statistics.median(pairs), *(statistics.median(t[1:]) for t in times)
+
+
+def row(what, value, wanted, detail=""):
+    print(f"{what:<62} {value:>9}   wanted {wanted:<9} {detail}", flush=True)
+
+
+# ---------------------------------------------------------------- loss.py
+
+
+def loss_batch(B, D=512, K=14):
+    """Embeddings whose similarities spread around 0.5, with a third of reports without labels."""
+    g = torch.Generator().manual_seed(0)
+    common = torch.randn(1, D, generator=g)
+    rows = {k: F.normalize(common + torch.randn(B, D, generator=g), dim=1).requires_grad_()
+            for k in ("image", "text", "hard_text", "graph", "hard_graph")}
+    rows["labels"] = (torch.rand(B, K, generator=g) < 0.1).float()
+    rows["hard_labels"] = (torch.rand(B, K, generator=g) < 0.1).float()
+    return rows, torch.tensor(14.0, requires_grad=True)
+
+
+def ours(rows, scale, row_chunk=None):
+    rows = dict(rows)
+    criterion = DynamicSoftContrastiveLoss(1, 1, 1, 0.5, 0.5, 0.5, row_chunk=row_chunk)
+    out = criterion(rows.pop("image"), rows.pop("text"), rows.pop("labels"), scale, **rows)
+    out["loss"].backward()
+    return out["loss"].item()
+
+
+def literal(rows, scale):
+    """The 18 KL terms of Eq. 10, each written out, in plain autograd."""
+    joined = {k: torch.cat([rows[k], rows[f"hard_{k}"]]) for k in ("text", "graph", "labels")}
+    modality = {"image": rows["image"], "text": joined["text"], "graph": joined["graph"]}
+    streams = (joined["text"], F.normalize(joined["labels"], dim=1), joined["graph"])
+    B, total = len(rows["image"]), 0
+    for a, b in itertools.permutations(modality, 2):
+        for x in streams:
+            left = modality[a][:B] if b == "image" else modality[a]
+            log_p = (scale * left @ modality[b].T).log_softmax(1)
+            with torch.no_grad():
+                y = ((x @ x.T - 0.5) / 0.5).clamp(min=0).fill_diagonal_(1)
+                y = y[:log_p.shape[0], :log_p.shape[1]]
+                y = y / y.sum(1, keepdim=True)
+            total = total + F.kl_div(log_p, y, reduction="batchmean")
+    total.backward()
+    return total.item()
+
+
+def info_nce(rows, scale):
+    logits, own = scale * rows["image"] @ rows["text"].T, torch.arange(len(rows["image"]))
+    (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)).backward()
+
+
+def memory_gb(name):
+    """VmRSS or VmHWM (its peak) of this process."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 2**20
+
+
+def peak_memory(row_chunk, B, queue):
+    rows, scale = loss_batch(B)
+    before = memory_gb("VmRSS")
+    ours(rows, scale, row_chunk)
+    queue.put(memory_gb("VmHWM") - before)
+
+
+def bench_loss():
+    rows, scale = loss_batch(1024)
+    assert abs(ours(rows, scale) / literal(rows, scale) - 1) < 1e-5
+    value, a, b = ratio(lambda: literal(rows, scale), lambda: ours(rows, scale))
+    row("18 literal KL terms / loss, B = 1024, D = 512", f"{value:.1f} x", ">= 3 x",
+        f"{a:.2f} s / {b:.2f} s")
+    value, a, b = ratio(lambda: ours(rows, scale), lambda: info_nce(rows, scale))
+    row("loss / InfoNCE, B = 1024, D = 512", f"{value:.1f} x", "<= 12 x", f"{a:.2f} s / {b:.3f} s")
+    value, a, b = ratio(lambda: ours(rows, scale, 256), lambda: ours(rows, scale))
+    row("row_chunk=256 / unchunked, B = 1024", f"{value:.2f} x", "<= 2 x", f"{a:.2f} s / {b:.2f} s")
+    queue = multiprocessing.get_context("spawn").Queue()
+    process = multiprocessing.get_context("spawn").Process(
+        target=peak_memory, args=(256, 8192, queue))
+    process.start()
+    row("memory beyond the inputs, B = 8192, row_chunk=256", f"{queue.get():.2f} GB", "< 3 GB")
+    process.join()
+
+
+# ---------------------------------------------------------------- gcn.py
+
+
+def graph_batch(graphs=256, nodes=18, edges=13, features=772):
+    g = torch.Generator().manual_seed(0)
+    sizes = torch.randint(nodes // 2, nodes * 3 // 2 + 1, (graphs,), generator=g)
+    starts = sizes.cumsum(0) - sizes
+    pairs = [torch.randint(int(n), (2, edges), generator=g) + s
+             for n, s in zip(sizes, starts, strict=True)]
+    pairs = torch.cat([p[:, p[0] < p[1]] for p in pairs], 1).unique(dim=1)
+    x = torch.randn(int(sizes.sum()), features, generator=g)
+    return x, pairs, torch.arange(graphs).repeat_interleave(sizes), graphs
+
+
+def bench_gcn():
+    try:
+        from torch_geometric.nn import GCNConv, global_mean_pool
+    except ImportError:
+        return print("gcn: torch_geometric is not installed, nothing to compare with")
+    x, edges, graph, count = graph_batch()
+    net, first, second = GCN(772, 256, 256), GCNConv(772, 256), GCNConv(256, 256)
+
+    def theirs():
+        both = torch.cat([edges, edges.flip(0)], 1)
+        h = second(torch.relu(first(x, both)), both)
+        global_mean_pool(h, graph, count).sum().backward()
+
+    value, a, b = ratio(theirs, lambda: net(x, edges, graph, count).sum().backward(), runs=31)
+    row("torch_geometric's GCNConv x 2 + pool / GCN, 256 graphs", f"{value:.2f} x", ">= 1.3 x",
+        f"{1e3 * a:.1f} ms / {1e3 * b:.1f} ms")
+
+
+PARTS = {"loss": bench_loss, "gcn": bench_gcn}
+
+if __name__ == "__main__":
+    unknown = set(sys.argv[1:]) - set(PARTS)
+    if unknown:
+        sys.exit(f"error: unknown part {', '.join(sorted(unknown))}, expected {', '.join(PARTS)}")
+    for name in sys.argv[1:] or PARTS:
+        PARTS[name]()

@@ -1,0 +1,800 @@
+"""data.py: every layout in miniature with its quirks, bad images, batches, the index, the phantom.
+
+SPDX-License-Identifier: MIT
+"""
+
+import gzip
+import io
+import json
+import math
+import os
+import pickle
+import tarfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+from torch.utils.data import DataLoader
+
+import data
+from data import GlobalBatches, Manifest, Studies, label_vector, main, pixels, read_image, split_of
+from negations import CONDITIONS, label_report
+
+SHARED = Path(__file__).resolve().parents[2] / "shared/data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not there")
+CLASSES = ",".join(("No Finding", *CONDITIONS[:-1]))  # CheXpert's tables put No Finding first
+GRAPH = {"text": "no edema", "entities": {
+    "1": {"tokens": "edema", "label": "OBS-DA", "start_ix": 1, "end_ix": 1, "relations": []}}}
+
+
+# ---------------------------------------------------------------- fixtures: official layouts in miniature
+
+
+def write(path, text, encoding="utf-8"):
+    """Writes text (gzipped if the name says so), bytes or a small image; -> path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if text is None:
+        Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4).save(path)
+    else:
+        raw = text if isinstance(text, bytes) else text.encode(encoding)
+        path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    return path
+
+
+def openi_xml(root):
+    report = ('<?xml version="1.0"?><eCitation><uId id="CXR{0}"/><Abstract>'
+              '<AbstractText Label="FINDINGS">{1}</AbstractText>'
+              '<AbstractText Label="IMPRESSION">{2}</AbstractText></Abstract>'
+              '<MeSH><major>{3}</major><automatic>pneumonia</automatic></MeSH>{4}</eCitation>')
+    image = '<parentImage id="CXR{0}_IM-000{0}-1001"/><parentImage id="CXR{0}_IM-000{0}-2001"/>'
+    for number, findings, impression, mesh, images in (
+            (1, "Heart normal.", "Normal chest.", "normal", image), (2, "Wide heart.", "", "Cardiomegaly/mild", image),
+            (3, "", "", "normal", image), (4, "Clear.", "Clear.", "normal", ""),
+            (5, "Clear.", "", "No Indexing", image)):
+        write(root / f"ecgen-radiology/{number}.xml",
+              report.format(number, findings, impression, mesh, images.format(number)))
+    write(root / "png/CXR1_IM-0001-1001.png", None)
+    write(root / "png/CXR2_IM-0002-1001.png", None)
+    return root
+
+
+def openi_kaggle(root):
+    write(root / "indiana_reports.csv", "\ufeffuid,MeSH,findings,impression\r\n"
+          "1,normal,Clear lungs.,\r\n2,Cardiomegaly/borderline;Thickening/pleura,\"Heart, large.\nWide.\",Big heart.\r\n"
+          "3,Thickening/lung,,\r\n")
+    write(root / "indiana_projections.csv", "uid,filename,projection\r\n1,1_IM-1.dcm.png,Frontal\r\n"
+          "1,1_IM-2.dcm.png,Lateral\r\n2,2_IM-3.dcm.png,Frontal\r\n2,2_IM-4.dcm.png,Frontal\r\n3,3.png,Frontal\r\n")
+    for name in ("1_IM-1", "2_IM-3", "2_IM-4"):
+        write(root / f"images/images_normalized/{name}.dcm.png", None)
+    return root
+
+
+def mimic(root):
+    rows = [("a1", "10000032", "50414267", "PA", "train"), ("a2", "10000032", "50414267", "LATERAL", "train"),
+            ("b1", "11000001", "50000002", "AP", "validate"), ("c1", "12000001", "50000003", "PA", "test"),
+            ("d1", "12000001", "50000004", "AP", "test")]
+    write(root / "mimic-cxr-2.0.0-metadata.csv.gz", "dicom_id,subject_id,study_id,ViewPosition\n"
+          + "\n".join(",".join(row[:4]) for row in rows))
+    write(root / "mimic-cxr-2.0.0-split.csv.gz", "dicom_id,study_id,subject_id,split\n"
+          + "\n".join(f"{d},{s},{p},{split}" for d, p, s, _, split in rows))
+    write(root / "mimic-cxr-2.0.0-chexpert.csv", "subject_id,study_id,Cardiomegaly,Edema," + ",".join(
+        c for c in CONDITIONS if c not in ("Cardiomegaly", "Edema")) + "\n10000032,50414267,1.0,-1.0" + "," * 12)
+    head = "                                 FINAL REPORT\n EXAMINATION:  CHEST (PA AND LAT)\n\n"
+    for study, text in (("p10/p10000032/s50414267", " FINDINGS: \n \n The heart is\n large.\n \n IMPRESSION: \n \n Big heart.\n"),
+                        ("p11/p11000001/s50000002", " IMPRESSION:  No acute process.\n\n NOTIFICATION:  Dr. ___\n"),
+                        ("p12/p12000001/s50000003", " COMPARISON: none.\n\n Only a paragraph.\n")):
+        write(root / f"mimic-cxr-reports/files/{study}.txt", head + text)
+    for dicom, subject, study, _, _ in rows:
+        write(root / f"files/p{subject[:2]}/p{subject}/s{study}/{dicom}.jpg", None)
+    return root
+
+
+def chexpert_plus(root):
+    write(root / "df_chexpert_plus_240401.csv",
+          "path_to_image,frontal_lateral,deid_patient_id,section_findings,section_impression,split\n"
+          "train/patient1/study1/view1_frontal.jpg,Frontal,patient1,Edema,Large heart.,train\n"
+          "train/patient1/study1/view2_lateral.jpg,Lateral,patient1,No edema.,Large heart.,train\n"
+          "train/patient2/study1/view1_frontal.jpg,Frontal,patient2,No edema.,No effusion.,train\n"
+          "valid/patient3/study1/view1_frontal.jpg,Frontal,patient3,,,valid\n"
+          "valid/patient4/study1/view1_frontal.jpg,Frontal,patient4,,Fine lungs.,valid\n")
+    graphs = {"findings": [2, 3], "impression": [1, 2, 3, 5]}
+    for part, numbers in graphs.items():
+        records = [{"0": json.loads(json.dumps(GRAPH).replace("edema", f"{part}{n}"))} for n in numbers]
+        write(root / f"radgraph-XL-annotations/section_{part}.json", json.dumps(records))
+    first = {"path_to_image": "train/patient1/study1/view1_frontal.jpg"}
+    write(root / "chexbert_labels/findings_fixed.json",
+          json.dumps(first | {"Edema": 1.0, "Pneumonia": None, "Cardiomegaly": 0.0}) + "\n")
+    write(root / "chexbert_labels/impression_fixed.json",
+          json.dumps(first | {"Cardiomegaly": -1.0, "Edema": 0.0, "No Finding": 1.0}) + "\n")
+    for name in ("train/patient1/study1/view1_frontal", "train/patient2/study1/view1_frontal",
+                 "valid/patient4/study1/view1_frontal"):
+        write(root / f"PNG/{name}.png", None)
+    return root
+
+
+def rsna(root, count=20):
+    rows = [f"p{k:02d},{'1,2,3,4,1' if k % 4 == 0 else ',,,,0'}" for k in range(count)] + ["p00,5,6,7,8,1"]
+    write(root / "stage_2_train_labels.csv", "patientId,x,y,width,height,Target\n" + "\n".join(rows))
+    names = {0: "Lung Opacity", 1: "Normal", 2: "No Lung Opacity / Not Normal", 3: "Normal"}
+    write(root / "stage_2_detailed_class_info.csv", "patientId,class\n" + "\n".join(
+        f"p{k:02d},{names[k % 4]}" for k in [*range(count), 0]))
+    for k in range(count):
+        write(root / f"stage_2_train_images/p{k:02d}.png", None)
+    return root
+
+
+def siim(root):
+    rows = [f"im{k:02d}, -1" if k % 2 else f"im{k:02d},-1" for k in range(14)]
+    rows += [f"im{k:02d}, 557374 2 1015 8" for k in (14, 14, 15, 15, 16)]
+    write(root / "stage_2_train.csv", "ImageId, EncodedPixels\n" + "\n".join(rows))
+    for k in range(17):
+        write(root / f"dicom-images-train/a/b{k}/im{k:02d}.png", None)
+    return root
+
+
+def vindr(root):
+    header = "image_id,rad_ID,Aortic enlargement,Pleural effusion,No finding\n"
+    rows = [f"t{k},R{r},{int(k == 1 and r == 2)},0,{int(k != 1 or r != 2)}" for k in range(10) for r in range(3)]
+    write(root / "annotations/image_labels_train.csv", header + "\n".join(rows))
+    write(root / "annotations/image_labels_test.csv",
+          header.replace("rad_ID,", "") + "e1,0,1,0\ne2,0,0,1")
+    for name in [f"train/t{k}" for k in range(10)] + ["test/e1", "test/e2"]:
+        write(root / f"{name}.png", None)
+    return root
+
+
+def cxr14(root, lists=True):
+    header = ("Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+              "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]\n")
+    names = [f"0000000{p}_00{k}.png" for p in range(1, 7) for k in range(2)]
+    write(root / "Data_Entry_2017_v2020.csv", header + "\n".join(
+        f"{name},{'Effusion|Pleural_Thickening' if name[7] == '1' else 'No Finding'},0,{int(name[7])},"
+        "50,M,PA,2682,2749,0.143,0.143" for name in names))
+    if lists:
+        write(root / "train_val_list.txt", "\n".join(names[:8]))
+        write(root / "test_list.txt", "\n".join(names[8:]) + "\n")
+    for k, name in enumerate(names):
+        write(root / f"images_{k % 2 + 1:03d}/images/{name}", None)
+    return root
+
+
+def chexpert5x200(root):
+    names = "Atelectasis,Cardiomegaly,Consolidation,Edema,Pleural Effusion"
+    write(root / "chexpert_5x200.csv", f",Path,{names},Report Impression\n"
+          "0,CheXpert-v1.0/train/patient1/study2/view1_frontal.jpg,1.0,0.0,0.0,0.0,0.0,\"1. Band\natelectasis\"\n"
+          "1,CheXpert-v1.0/train/patient1/study2/view2_frontal.jpg,,1.0,None,-1,0,Big heart\n")
+    for k in (1, 2):
+        write(root / f"train/patient1/study2/view{k}_frontal.jpg", None)
+    return root
+
+
+def cxr_align(root):
+    item = {"chosen": "pleural effusion", "report": "Left effusion. Big heart.", "omitted": "Big heart.",
+            "negation": "Big heart. No effusion.", "location": "end"}
+    write(root / "cxr-align.json", json.dumps({"mimic": {"abc-1": item, "abc-2": item}}))
+    for name in ("files/p10/p10000032/s50414267/abc-1.jpg", "images/abc-2.jpg"):
+        write(root / name, None)
+    return root
+
+
+LAYOUTS = {"openi": openi_kaggle, "mimic": mimic, "chexpert-plus": chexpert_plus, "rsna": rsna,
+           "rsna-ab": rsna, "siim": siim, "vindr": vindr, "cxr14": cxr14,
+           "chexpert5x200": chexpert5x200, "cxr-align": cxr_align}
+
+
+def build(tmp_path, name, layout=None, *flags):
+    root = (layout or LAYOUTS[name])(tmp_path / "official")
+    main([name, str(root), "--out", str(tmp_path / "x.jsonl"), *flags])
+    return {row["id"]: row for row in map(json.loads, open(tmp_path / "x.jsonl", encoding="utf-8"))}
+
+
+# ---------------------------------------------------------------- builders
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_set_builds_a_manifest_that_check_accepts(tmp_path, name, capsys):
+    rows = build(tmp_path, name)
+    main(["check", str(tmp_path / "x.jsonl")])  # exits 1 if something is wrong
+    assert f"studies {len(rows):>10,}".split() == capsys.readouterr().out.split("\n")[1].split()[:2]
+    assert all(row["split"] in data.SPLITS and Path(row["root"]).is_absolute() for row in rows.values())
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_builders_open_no_image_and_count_the_missing(tmp_path, name, monkeypatch, capsys):
+    root = LAYOUTS[name](tmp_path / "official")
+    monkeypatch.setattr(Image, "open", lambda *a, **k: pytest.fail("an image was opened"))
+    images = [p for p in root.rglob("*") if p.suffix in (".png", ".jpg")]
+    for path in images[1:]:
+        path.unlink()
+    out = tmp_path / "x.jsonl"
+    main([name, str(root), "--out", str(out), "--keep-missing"])
+    kept = len(out.read_text().splitlines())
+    images[0].unlink()
+    with pytest.raises(ValueError, match="official.*--keep-missing"):
+        main([name, str(root), "--out", str(out)])
+    assert len(out.read_text().splitlines()) == kept  # the good file was not touched
+    main([name, str(root), "--out", str(out), "--keep-missing"])
+    assert len(out.read_text().splitlines()) == kept and "(kept)" in capsys.readouterr().out
+
+
+def test_openi_xml_takes_the_first_image_and_says_what_it_skips(tmp_path, capsys):
+    rows = build(tmp_path, "openi", openi_xml, "--keep-missing")
+    assert list(rows) == ["openi/1", "openi/2", "openi/5"]
+    assert rows["openi/1"]["image"] == "png/CXR1_IM-0001-1001.png"
+    assert rows["openi/1"]["report"] == "Heart normal. Normal chest."
+    assert rows["openi/1"]["targets"]["No Finding"] == 1
+    assert rows["openi/2"]["targets"]["Cardiomegaly"] == 1
+    assert rows["openi/2"]["targets"]["Pneumonia"] == 0  # only the automatic tag said so
+    assert "targets" not in rows["openi/5"]
+    said = capsys.readouterr().out
+    assert "neither findings nor impression          1" in said and "no frontal image listed" in said
+
+
+def test_openi_kaggle_and_xml_name_one_image_alike(tmp_path):
+    rows = build(tmp_path, "openi")
+    assert list(rows) == ["openi/1", "openi/2", "openi/2/2_IM-4"]
+    assert rows["openi/2"]["report"] == "Heart, large. Wide. Big heart."
+    targets = rows["openi/2"]["targets"]
+    assert targets["Pleural Thickening"] == targets["Cardiomegaly"] == 1 and set(targets.values()) == {0, 1}
+    assert data.stem("CXR1_1_IM-0001-3001.png") == data.stem("images/1_IM-0001-3001.dcm.png")
+    assert data.stem("CXR2_IM-0652-1001") == "2_IM-0652-1001" != data.stem("CXR22_IM-0652-1001")
+
+
+def test_openi_reads_the_official_archive_without_unpacking(tmp_path):
+    root = openi_xml(tmp_path / "official")
+    with tarfile.open(root / "NLMCXR_reports.tgz", "w:gz") as tar:
+        tar.add(root / "ecgen-radiology", "ecgen-radiology")
+    for path in (root / "ecgen-radiology").iterdir():
+        path.unlink()
+    main(["openi", str(root), "--out", str(tmp_path / "x.jsonl")])
+    assert len((tmp_path / "x.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("text, why", [
+    (b'<!DOCTYPE a [<!ENTITY x "y">]><a>&x;</a>', "DOCTYPE"), (b"<a>" + b" " * data.MAX_XML_BYTES, "bytes"),
+    (b"<a><b></a>", "well-formed")])
+def test_hostile_xml_is_refused_by_name(text, why):
+    with pytest.raises(ValueError, match=f"^r.xml.*{why}"):
+        data.parse_xml("r.xml", text)
+    assert data.parse_xml("r.xml", b"<a><b>x</b></a>").find("b").text == "x"
+
+
+def test_mimic_keeps_frontal_views_and_parses_sections(tmp_path, capsys):
+    rows = build(tmp_path, "mimic")
+    assert {key: (row["split"], row["report"]) for key, row in rows.items()} == {
+        "mimic/a1": ("train", "The heart is large. Big heart."), "mimic/b1": ("val", "No acute process.")}
+    assert rows["mimic/a1"]["labels"] == {"Cardiomegaly": 1, "Edema": -1}
+    assert rows["mimic/a1"]["image"] == "files/p10/p10000032/s50414267/a1.jpg"
+    said = " ".join(capsys.readouterr().out.split())
+    assert "view not PA or AP 1" in said and "neither findings nor impression 1" in said
+    assert "no report file 1" in said
+
+
+def test_chexpert_plus_aligns_graphs_with_the_sections_of_two_words(tmp_path):
+    rows = build(tmp_path, "chexpert-plus")
+    assert list(rows) == [f"chexpert-plus/patient{k}/study1" for k in (1, 2, 4)]
+    tokens = [[e["tokens"] for e in row["graph"]["entities"].values()] for row in rows.values()]
+    assert tokens == [["impression1"], ["findings3", "impression3"], ["impression5"]]
+    second = rows["chexpert-plus/patient2/study1"]["graph"]
+    assert second["text"].split(" ")[second["entities"]["2"]["start_ix"]] == "impression3"
+    assert rows["chexpert-plus/patient1/study1"]["labels"] == {"Edema": 1, "Cardiomegaly": -1}
+    assert rows["chexpert-plus/patient4/study1"]["split"] == "val"
+
+
+@pytest.mark.parametrize("change", [lambda graphs: graphs[:-1], lambda graphs: graphs + graphs])
+def test_chexpert_plus_refuses_graphs_that_are_not_aligned(tmp_path, change):
+    root = chexpert_plus(tmp_path)
+    path = root / "radgraph-XL-annotations/section_impression.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(ValueError, match="graph"):
+        main(["chexpert-plus", str(root), "--out", str(tmp_path / "x.jsonl")])
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_the_numpy_split_is_scikit_learns():
+    selection = pytest.importorskip("sklearn.model_selection")
+    for n in (20, 101, 2668):
+        ids = [f"id{k}" for k in range(n)]
+        train, rest = selection.train_test_split(ids, test_size=0.3, random_state=0)
+        test, val = selection.train_test_split(rest, test_size=0.5, random_state=0)
+        own = dict(zip(ids, data.glorias_split(ids), strict=True))
+        for part, names in (("train", train), ("val", val), ("test", test)):
+            assert {k for k, split in own.items() if split == part} == set(names)
+    assert Counter(data.glorias_split(range(26684))) == {"train": 18678, "val": 4003, "test": 4003}
+
+
+def test_rsna_ab_drops_normals_and_keeps_the_split(tmp_path):
+    whole = build(tmp_path, "rsna")
+    assert sum(row["targets"]["Pneumonia"] for row in whole.values()) == 5 and len(whole) == 20
+    some = build(tmp_path, "rsna-ab")
+    assert len(some) == 10 and sum(row["targets"]["Pneumonia"] for row in some.values()) == 5
+    assert all(row["split"] == whole[key.replace("rsna-ab", "rsna")]["split"] for key, row in some.items())
+
+
+def test_siim_strips_the_space_and_does_not_leak(tmp_path, capsys):
+    rows = build(tmp_path, "siim")
+    assert len(rows) == 17 and sum(row["targets"]["Pneumothorax"] for row in rows.values()) == 3
+    leaking = build(tmp_path, "siim", None, "--glorias-rows")
+    assert len(leaking) == 19 and len({row["image"] for row in leaking.values()}) == 17
+    with pytest.raises(SystemExit):  # the negative control: check sees images in two splits
+        main(["check", str(tmp_path / "x.jsonl")])
+    assert "patients are in two splits" in capsys.readouterr().err
+
+
+def test_vindr_ors_the_readers_and_takes_the_consensus(tmp_path):
+    rows = build(tmp_path, "vindr")
+    assert rows["vindr/t1"]["targets"] == {"Aortic enlargement": 1, "Pleural Effusion": 0, "No Finding": 0}
+    assert rows["vindr/t2"]["targets"]["No Finding"] == 1
+    assert rows["vindr/e1"]["targets"]["Pleural Effusion"] == 1 and rows["vindr/e1"]["split"] == "test"
+    assert Counter(row["split"] for row in rows.values()) == {"train": 8, "val": 2, "test": 2}
+
+
+def test_cxr14_takes_the_official_lists_or_says_that_it_cannot(tmp_path, capsys):
+    rows = build(tmp_path, "cxr14")
+    assert {row["patient"] for row in rows.values() if row["split"] == "test"} == {"5", "6"}
+    assert rows["cxr14/00000001_000"]["targets"]["Pleural Effusion"] == 1
+    assert rows["cxr14/00000001_000"]["targets"]["Pleural Thickening"] == 1
+    assert "not the official split" not in capsys.readouterr().out
+    for name in ("train_val_list.txt", "test_list.txt"):
+        (tmp_path / "official" / name).unlink()
+    rows = build(tmp_path, "cxr14", lambda root: root)
+    assert "not the official split" in capsys.readouterr().out
+    assert all(row["split"] == split_of(row["patient"]) for row in rows.values())
+
+
+def test_probmed_keeps_its_images_and_pairs(tmp_path):
+    path, image = tmp_path / "test.json", "chest/00000001_000.png"
+    items = [{"image": image, "qa_type": kind, "question": question, "answer": answer, "id": 1} for
+             kind, question, answer in (("entity_gt_0", "Is there effusion in this image?", "yes"),
+                                        ("entity_hallu_0", "Is there pleural thickening?", "no"),
+                                        ("modality_gt", "Is this an X-ray?", "yes"))]
+    write(path, json.dumps(items))
+    rows = build(tmp_path, "cxr14", None, "--probmed", str(path))
+    assert list(rows) == ["cxr14/00000001_000"]
+    assert rows["cxr14/00000001_000"]["adversarial"] == [["Pleural Effusion", "Pleural Thickening"]]
+    assert list(rows["cxr14/00000001_000"]["questions"]) == ["entity_gt_0"]
+
+
+def test_chexpert5x200_and_cxr_align_are_test_sets(tmp_path):
+    rows = build(tmp_path, "chexpert5x200")
+    assert list(rows) == ["chexpert5x200/patient1/study2", "chexpert5x200/patient1/study2/view2_frontal"]
+    assert rows["chexpert5x200/patient1/study2"]["report"] == "1. Band atelectasis"
+    rows = build(tmp_path / "b", "cxr-align")
+    one = rows["cxr-align/abc-1"]
+    assert one["patient"] == "10000032" and one["hard_negatives"][0]["condition"] == "Pleural Effusion"
+    assert one["hard_negatives"][0]["report"] == "Big heart. No effusion."
+
+
+@pytest.mark.parametrize("name, file, old, new, where", [
+    ("rsna", "stage_2_train_labels.csv", "p03,,,,,0", "p03,,,,,2", ":5: "),
+    ("rsna", "stage_2_train_labels.csv", "Target", "target", ":1: "),
+    ("rsna-ab", "stage_2_detailed_class_info.csv", "p02,No Lung", "p02,Lung", ":4: "),
+    ("openi", "indiana_projections.csv", "Lateral", "Side", ":3: "),
+    ("cxr14", "Data_Entry_2017_v2020.csv", "No Finding,0,2", "Nothing,0,2", ":4: "),
+    ("cxr14", "Data_Entry_2017_v2020.csv", "PA,2682", "PA,x,2682", ":2: "),
+    ("chexpert5x200", "chexpert_5x200.csv", "-1,0,Big", "maybe,0,Big", ":4: "),
+    ("mimic", "mimic-cxr-2.0.0-chexpert.csv", "1.0,-1.0", "1.0,7", ":2: ")])
+def test_errors_name_file_and_line(tmp_path, name, file, old, new, where):
+    root = LAYOUTS[name](tmp_path / "official")
+    text = (root / file).read_text(encoding="utf-8")
+    assert old in text
+    (root / file).write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{file}{where}expected"):
+        main([name, str(root), "--out", str(tmp_path / "x.jsonl")])
+
+
+def test_damaged_tables_are_a_value_error_with_their_name(tmp_path):
+    root = mimic(tmp_path)
+    path = root / "mimic-cxr-2.0.0-split.csv.gz"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="split.csv.gz:.*complete"):
+        main(["mimic", str(root), "--out", str(tmp_path / "x.jsonl")])
+    write(tmp_path / "indiana_reports.csv", "uid,MeSH,findings,impression\n1,n,caf\xe9,\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="indiana_reports.csv:1: expected UTF-8"):
+        list(data.read_table(tmp_path / "indiana_reports.csv"))
+
+
+@needs_shared
+def test_real_openi_in_both_layouts(tmp_path):
+    main(["openi", str(SHARED / "openi"), "--out", str(tmp_path / "k.jsonl")])
+    kaggle = [json.loads(line) for line in open(tmp_path / "k.jsonl")]
+    assert len(kaggle) == 3062 and len({row["patient"] for row in kaggle}) == 2956
+    (tmp_path / "xml").mkdir()
+    (tmp_path / "xml/NLMCXR_reports.tgz").symlink_to(SHARED / "openi/NLMCXR_reports.tgz")
+    main(["openi", str(tmp_path / "xml"), "--out", str(tmp_path / "x.jsonl"), "--keep-missing"])
+    xml = {row["id"]: row for row in map(json.loads, open(tmp_path / "x.jsonl"))}
+    both = [row for row in kaggle if row["id"] in xml]
+    assert len(both) > 2900 and all(row["split"] == xml[row["id"]]["split"] for row in both)
+    same = [row["report"] == xml[row["id"]]["report"] and row.get("targets") == xml[row["id"]].get("targets")
+            for row in both]
+    assert np.mean(same) > 0.99
+
+
+# ---------------------------------------------------------------- images
+
+
+def test_a_12_bit_ramp_survives_and_a_flat_image_is_black(tmp_path):
+    ramp = np.tile(np.arange(4096, dtype=np.uint16), (4, 1))
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    grey = np.asarray(read_image(tmp_path / "ramp.png"))
+    assert np.array_equal(grey[0], np.round(np.arange(4096) * 255 / 4095).astype(np.uint8))
+    clipped = np.asarray(Image.open(tmp_path / "ramp.png").convert("L"))
+    assert (clipped == 255).mean() > 0.9  # the negative control: what a plain convert does
+    Image.fromarray(np.full((8, 8), 700, np.uint16)).save(tmp_path / "flat.png")
+    assert np.asarray(read_image(tmp_path / "flat.png")).max() == 0
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "LA"])
+def test_every_png_mode_reads_as_grey(tmp_path, mode):
+    Image.fromarray(np.full((6, 5), 255, np.uint8)).convert(mode).save(tmp_path / "x.png")
+    image = read_image(tmp_path / "x.png")
+    assert image.mode == "L" and image.size == (5, 6) and np.asarray(image).min() > 250
+
+
+def bad_images(folder):
+    """name -> path of a file that must be refused."""
+    good = write(folder / "good.png", None).read_bytes()
+    noise = np.random.default_rng(0).integers(0, 255, (300, 300), dtype=np.uint8)
+    jpeg = io.BytesIO()
+    Image.fromarray(noise).save(jpeg, "JPEG")
+    huge = io.BytesIO()
+    header = b"\x89PNG\r\n\x1a\n"
+    PngImagePlugin.putchunk(huge, b"IHDR", b"\0\0\xff\xff\0\0\xff\xff\x08\0\0\0\0")
+    gif = io.BytesIO()
+    Image.fromarray(noise).save(gif, "GIF")
+    files = {"truncated": jpeg.getvalue()[:2000], "empty": b"", "huge": header + huge.getvalue() + good[33:],
+             "gif": gif.getvalue(), "text": b"hello", "half": good[:50], "flipped": good[:45] + b"\0\0" + good[47:]}
+    return {name: write(folder / f"{name}.png", content) for name, content in files.items()} | {
+        "missing": folder / "nowhere.png", "folder": folder}
+
+
+def test_bad_images_are_an_error_that_names_the_file(tmp_path):
+    for name, path in bad_images(tmp_path).items():
+        with pytest.raises((OSError, ValueError), match=f"{path.name}: expected"):
+            read_image(path)
+            pytest.fail(name)
+
+
+def test_jpeg_is_decoded_small_and_looks_the_same(tmp_path):
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 255, (24, 20), dtype=np.uint8))
+    small.resize((2000, 2400), Image.Resampling.BICUBIC).save(tmp_path / "x.jpg", quality=92)
+    scaled, full = read_image(tmp_path / "x.jpg", at_least=224), read_image(tmp_path / "x.jpg")
+    assert scaled.size == (250, 300) and full.size == (2000, 2400)
+    difference = pixels(scaled, 224).astype(int) - pixels(full, 224)
+    assert np.abs(difference).mean() < 2
+
+
+def test_dicom_monochrome1_is_inverted(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation
+    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    ramp = np.tile(np.arange(0, 4096, 64, dtype=np.uint16), (8, 1))
+    for name in ("MONOCHROME1", "MONOCHROME2"):
+        dataset = FileDataset(str(tmp_path / name), {}, file_meta=meta, preamble=b"\0" * 128)
+        dataset.Rows, dataset.Columns, dataset.SamplesPerPixel = 8, 64, 1
+        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 12, 11
+        dataset.PixelRepresentation, dataset.PhotometricInterpretation = 0, name
+        dataset.PixelData = ramp.tobytes()
+        dataset.save_as(tmp_path / f"{name}.dcm", enforce_file_format=True)
+    first, second = (np.asarray(read_image(tmp_path / f"MONOCHROME{k}.dcm")).astype(int) for k in (1, 2))
+    assert (first + second == 255).all() and second[0, 0] == 0 and second[0, -1] == 255
+    write(tmp_path / "broken.dcm", b"not dicom")
+    with pytest.raises(OSError, match="broken.dcm: expected"):
+        read_image(tmp_path / "broken.dcm")
+
+
+def test_dicom_without_pydicom_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
+    with pytest.raises(ValueError, match="x.dcm: .*pip install pydicom"):
+        read_image(tmp_path / "x.dcm")
+
+
+def test_black_borders_are_cropped():
+    frame = np.zeros((60, 80), np.uint8)
+    frame[10:50, 5:70] = 100
+    frame[0, 0] = 255  # a speck does not count
+    assert data.crop_borders(Image.fromarray(frame)).size == (65, 40)
+    assert data.crop_borders(Image.fromarray(np.zeros((5, 5), np.uint8))).size == (5, 5)
+
+
+def test_the_crop_and_resize_is_one_step_within_the_image():
+    ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8), (100, 1)))
+    whole = pixels(ramp, 50)
+    assert whole.shape == (1, 50, 50) and whole.dtype == np.uint8
+    spans = [np.ptp(pixels(ramp, 50, np.random.default_rng(k)).astype(int)) for k in range(40)]
+    assert all(0.8 * 199 < span <= 199 for span in spans) and len(set(spans)) > 5
+    crops = [pixels(ramp, 50, np.random.default_rng(k))[0, 25].astype(int) for k in range(40)]
+    assert all((np.diff(crop) >= 0).all() for crop in crops)  # never flipped
+
+
+# ---------------------------------------------------------------- the manifest
+
+
+def manifest_of(folder, rows, name="m.jsonl"):
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "a.png", None)
+    base = {"root": str(folder), "image": "a.png"}
+    text = "".join(json.dumps({"id": f"s/{k}", **base, **row}) + "\n" for k, row in enumerate(rows))
+    return write(folder / name, text)
+
+
+def test_the_index_is_written_once_and_rebuilt_when_the_file_changes(tmp_path, monkeypatch):
+    path = manifest_of(tmp_path, [{"split": s, "patient": s} for s in ("train", "val", "train")])
+    path.write_text("\n" + path.read_text() + "\n\n")
+    manifest = Manifest(path, "train")
+    assert [row["id"] for row in (manifest[0], manifest[1])] == ["s/0", "s/2"] and len(Manifest(path)) == 3
+    assert manifest.line(1) == 4 and len(set(manifest.patients)) == 1
+    monkeypatch.setattr(data, "_build_index", lambda *a: pytest.fail("indexed again"))
+    assert isinstance(Manifest(path).index, np.memmap)
+    monkeypatch.undo()
+    with open(path, "a") as file:
+        file.write(json.dumps({"id": "s/3", "image": "a.png"}) + "\n")
+    assert len(Manifest(path)) == 4 and Manifest(path)[3]["id"] == "s/3"
+    Path(f"{path}.index.npy").write_bytes(b"\x93NUMPY rubbish")
+    assert len(Manifest(path)) == 4
+
+
+def test_the_index_falls_back_to_memory(tmp_path, monkeypatch):
+    path = manifest_of(tmp_path, [{"split": "test"}])
+
+    def refuse(*_):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(data, "open_atomic", refuse)
+    assert Manifest(path, "test")[0]["id"] == "s/0" and not Path(f"{path}.index.npy").exists()
+
+
+def test_a_manifest_pickles_small_and_reads_the_same(tmp_path):
+    path = manifest_of(tmp_path, [{"split": "train", "report": str(k)} for k in range(2000)])
+    manifest = Manifest(path, "train", image_root=str(tmp_path))
+    raw = pickle.dumps(manifest)
+    assert len(raw) < 1000
+    copy = pickle.loads(raw)
+    assert copy[1234] == manifest[1234] and copy.image_root == str(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"id": 1, "image": "a"}', '{"id": "a", "image": "b", "split": "dev"}',
+                                  '{"id": "a"}', "\xff"])
+def test_a_bad_line_is_named(tmp_path, line):
+    path = manifest_of(tmp_path, [{}])
+    path.write_bytes(path.read_bytes() + line.encode("latin-1"))
+    with pytest.raises(ValueError, match="m.jsonl:2: expected"):
+        Manifest(path)
+
+
+@pytest.mark.parametrize("image", ["../secret.png", "/etc/hostname", "link.png"])
+def test_images_cannot_leave_their_root(tmp_path, image):
+    write(tmp_path / "secret.png", None)
+    path = manifest_of(tmp_path / "root", [{"image": image}, {}])
+    os.symlink(tmp_path / "secret.png", tmp_path / "root/link.png")
+    manifest = Manifest(path)
+    with pytest.raises(ValueError, match="inside their root") as error:
+        manifest.image_path(manifest[0])
+    assert image not in str(error.value)
+    assert manifest.image_path(manifest[1]) == (tmp_path / "root/a.png").resolve()
+
+
+def test_positives_mark_the_conditions_and_uncertain_is_a_flag(tmp_path):
+    labels = {"Edema": 1, "Pneumonia": -1, "Fracture": 0, "No Finding": 1}
+    manifest = Manifest(manifest_of(tmp_path, [{"labels": labels, "hard_negatives": [{}, {}]}]))
+    assert manifest.positives[0] == 1 << CONDITIONS.index("Edema") | 1 << 13 and manifest.negatives[0] == 2
+    assert label_vector(labels).sum() == 3 and label_vector(labels, "negative").sum() == 2
+    assert label_vector(labels)[CONDITIONS.index("Pneumonia")] == 1 and label_vector({}).sum() == 0
+    with pytest.raises(ValueError, match="uncertain"):
+        label_vector(labels, "maybe")
+
+
+# ---------------------------------------------------------------- batches
+
+
+def tokenize(texts):
+    return {"length": torch.tensor([len(text) for text in texts])}
+
+
+def studies_of(path, **options):
+    defaults = dict(image_size=48, tokenize=tokenize, negatives=True, graphs=True, seed=3)
+    return Studies(Manifest(path, "train"), **(defaults | options))
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(phantom):
+    studies = studies_of(phantom)
+    batches = [list(DataLoader(studies, batch_sampler=GlobalBatches(len(studies), 32, 3, epoch), num_workers=workers,
+                               collate_fn=studies.collate)) for epoch, workers in ((1, 0), (1, 2), (2, 0))]
+    assert len(batches[0]) == len(studies) // 32
+    assert all(same(a, b) for a, b in zip(batches[0], batches[1], strict=True))
+    assert not same(batches[0][0]["pixels"], batches[2][0]["pixels"])  # the negative control
+    batch = batches[0][0]
+    assert batch["pixels"].shape == (32, 1, 48, 48) and batch["pixels"].dtype == torch.uint8
+    assert batch["labels"].shape == batch["hard_labels"].shape == (32, 14) and len(batch["bad"]) == 0
+    assert batch["graph"]["num_graphs"] == batch["hard_graph"]["num_graphs"] == 32
+
+
+def test_ranks_share_one_global_batch_and_resume_inside_an_epoch():
+    whole = list(GlobalBatches(103, 20, seed=5, epoch=2))
+    parts = [list(GlobalBatches(103, 20, seed=5, epoch=2, rank=r, world=2)) for r in (0, 1)]
+    assert [a + b for a, b in zip(*parts, strict=True)] == whole and len(whole) == 5
+    assert list(GlobalBatches(103, 20, seed=5, epoch=2, start=3)) == whole[3:]
+    assert len(GlobalBatches(103, 20, seed=5, epoch=2, start=3)) == 2
+    assert list(GlobalBatches(103, 20, seed=5, epoch=3)) != whole
+    rows = [i for batch in whole for _, i in batch]
+    assert len(set(rows)) == 100
+    for size, world in ((21, 2), (0, 1), (104, 1)):
+        with pytest.raises(ValueError, match="expected"):
+            GlobalBatches(103, size, 5, 0, world=world)
+
+
+def test_a_hard_negative_is_drawn_anew_each_epoch(phantom):
+    studies = studies_of(phantom)
+    i = next(i for i in range(len(studies)) if studies.manifest.negatives[i] > 1)
+    stored = [negative["report"] for negative in studies.manifest[i]["hard_negatives"]]
+    drawn = {studies[(epoch, i)]["hard"]["report"] for epoch in range(30)}
+    assert drawn == set(stored)
+
+
+def test_a_study_without_negatives_draws_a_report_with_one_positive(phantom):
+    studies = studies_of(phantom)
+    normal = [i for i in range(len(studies)) if studies.manifest.negatives[i] == 0]
+    reports = {row["report"]: row for row in map(studies.manifest.__getitem__, range(len(studies)))}
+    for i in normal[:20]:
+        hard = studies[(0, i)]["hard"]
+        source = reports[hard["report"]]
+        assert hard["labels"][:13].sum() == 1 and hard["graph"] == source["graph"]
+        assert hard["report"] != studies.manifest[i]["report"]
+    assert len({studies[(epoch, normal[0])]["hard"]["report"] for epoch in range(20)}) > 5
+
+
+def test_negatives_without_any_candidate_are_refused(tmp_path):
+    path = manifest_of(tmp_path, [{"split": "train", "report": "Fine.", "labels": {"No Finding": 1}}] * 4)
+    with pytest.raises(ValueError, match="negations.py"):
+        studies_of(path)
+    batch = (studies := studies_of(path, negatives=False, graphs=False)).collate([studies[(0, 1)]])
+    assert set(batch) == {"pixels", "text", "labels", "index", "bad"}
+
+
+def test_bad_images_are_replaced_and_reported_by_index(tmp_path):
+    bad_images(tmp_path / "r")
+    rows = [{"image": name, "split": "train", "report": name} for name in
+            ("truncated.png", "empty.png", "huge.png", "gif.png", "missing.png")] + [{"split": "train"}] * 15
+    studies = studies_of(manifest_of(tmp_path / "r", rows), negatives=False, graphs=False)
+    batch = studies.collate([studies[(0, i)] for i in range(20)])
+    assert batch["pixels"].shape[0] == 20 and batch["bad"].tolist() == [0, 1, 2, 3, 4]
+    assert min(batch["index"]) >= 5 and batch["index"].tolist()[5:] == list(range(5, 20))
+    again = studies.collate([studies[(0, i)] for i in range(20)])
+    assert same(batch, again)
+
+
+def test_a_folder_of_bad_images_stops_with_the_line(tmp_path):
+    path = manifest_of(tmp_path, [{"image": "gone.png", "split": "train"}] * 3)
+    with pytest.raises(ValueError, match="m.jsonl:2: 20 images in a row .*--image-root"):
+        studies_of(path, negatives=False)[(0, 1)]
+
+
+# ---------------------------------------------------------------- check, cache, sheet
+
+
+def test_check_finds_what_is_wrong_and_prints_no_report_of_one(tmp_path, capsys):
+    secret = "Patient Miller has edema."
+    rows = [{"split": "train", "patient": "7", "report": secret}, {"split": "test", "patient": "7"},
+            {"image": "gone.png"}, {"labels": {"Edema": 2}}, {"labels": {"Oedema": 1}}, {"targets": {"X": -1}},
+            {"graph": {"entities": {"1": {"tokens": "a", "label": "??"}}}}, {"image": "../x.png"},
+            {"hard_negatives": [{"report": "r", "condition": "Flu"}]}, {"report": 3}, {"id": "s/0"}]
+    path = manifest_of(tmp_path, rows)
+    with pytest.raises(SystemExit) as end:
+        main(["check", str(path)])
+    said = capsys.readouterr()
+    assert end.value.code == 1 and "Miller" not in said.out + said.err
+    for line in (3, 4, 5, 6, 7, 8, 9, 10):
+        assert f"m.jsonl:{line}: " in said.err, line
+    assert "1 patients are in two splits" in said.err and "1 ids are there more than once" in said.err
+    main(["check", str(manifest_of(tmp_path, [{"report": "No change."}] * 3))])
+    assert "3 x No change." in capsys.readouterr().out
+
+
+def test_the_cache_resumes_and_keeps_the_picture(tmp_path, capsys):
+    folder = tmp_path / "big"
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 24), dtype=np.uint8))
+    rows = [{"split": "train", "image": f"{k}.png"} for k in range(3)] + [{"image": "gone.png"}]
+    path = manifest_of(folder, rows)
+    for k in range(3):
+        image.rotate(90 * k).resize((600, 750), Image.Resampling.BICUBIC).save(folder / f"{k}.png")
+    main(["cache", str(path), "--out", str(tmp_path / "c"), "--size", "128", "--workers", "2"])
+    assert "left out, unreadable 1" in " ".join(capsys.readouterr().out.split())
+    old, new = Manifest(path), Manifest(tmp_path / "c/m.jsonl")
+    assert len(new) == 3 and new[0]["id"] == "s/0" and new[0]["split"] == "train"
+    first = read_image(new.image_path(new[1]))
+    assert first.size == (128, 160)
+    difference = pixels(first, 112).astype(int) - pixels(read_image(old.image_path(old[1])), 112)
+    assert np.abs(difference).mean() < 2
+    stamps = [os.stat(new.image_path(new[k])).st_mtime_ns for k in range(3)]
+    os.unlink(new.image_path(new[2]))
+    main(["cache", str(path), "--out", str(tmp_path / "c"), "--size", "128"])
+    now = [os.stat(new.image_path(new[k])).st_mtime_ns for k in range(3)]
+    assert now[:2] == stamps[:2] and now[2] > stamps[2]
+    with pytest.raises(ValueError, match="another folder"):
+        main(["cache", str(path), "--out", str(folder)])
+
+
+# ---------------------------------------------------------------- the phantom
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    path = data.make_phantom(tmp_path_factory.mktemp("drawn"), studies=700, size=64, seed=2, duplicates=9)
+    return path, [json.loads(line) for line in open(path)]
+
+
+def test_the_phantom_draws_at_least_ten_conditions_and_normals_as_in_table_1(drawn):
+    _, rows = drawn
+    counts = Counter(name for row in rows for name, value in row["targets"].items() if value)
+    assert sum(counts[name] >= 10 for name in CONDITIONS[:-1]) >= 10
+    plain = [row["report"] for row in rows[:700] if not row["severity"]]
+    assert 0.35 < len(plain) / 700 < 0.55 and set(plain) <= set(data.TEMPLATES)
+    share = 15829 / sum(data.TEMPLATES.values())
+    error = 4 * math.sqrt(share * (1 - share) / len(plain))
+    assert abs(plain.count("No acute cardiopulmonary process.") / len(plain) - share) < error
+    assert [row["report"] for row in rows[700:]] == ["No active lung lesion."] * 9
+    abnormal = [row["report"] for row in rows[:700] if row["severity"]]
+    assert len(set(abnormal)) > 0.97 * len(abnormal)
+
+
+def test_the_labeler_agrees_with_the_phantoms_truth(drawn):
+    _, rows = drawn
+    truth = np.array([[row["targets"][name] for name in CONDITIONS] for row in rows])
+    found = np.array([[label_report(row["report"]).get(name) == 1 for name in CONDITIONS] for row in rows])
+    agreement = dict(zip(CONDITIONS, (truth == found).mean(0), strict=True))
+    assert min(agreement.values()) >= 0.97, agreement
+
+
+def test_every_condition_changes_the_picture_and_the_seed_decides(tmp_path):
+    finding = dict(amount=0.8, side=1, zone=1, device="endotracheal tube")
+    plain = np.asarray(data._draw_chest({}, 64, np.random.default_rng(5))).astype(int)
+    for name in CONDITIONS[:-1]:
+        found = {name: data.SimpleNamespace(**finding)}
+        image = np.asarray(data._draw_chest(found, 64, np.random.default_rng(5))).astype(int)
+        assert (np.abs(image - plain) > 25).sum() > 8, name
+    one, two, other = (data.make_phantom(tmp_path / str(k), studies=12, seed=seed) for k, seed in enumerate((1, 1, 4)))
+    texts = [path.read_text().replace(str(path.parent), "") for path in (one, two, other)]
+    pictures = [(path.parent / "images/000003.png").read_bytes() for path in (one, two, other)]
+    assert texts[0] == texts[1] != texts[2] and pictures[0] == pictures[1] != pictures[2]
+
+
+def test_the_phantom_is_reused_until_its_settings_change(tmp_path):
+    stamps = []
+    for settings in ({}, {}, {"seed": 1}):
+        path = data.make_phantom(tmp_path, studies=8, **settings)
+        stamps.append(path.stat().st_mtime_ns)
+        time.sleep(0.02)
+    assert stamps[0] == stamps[1] < stamps[2]
+    with pytest.raises(ValueError, match="normal"):
+        data.make_phantom(tmp_path, studies=8, normal_fraction=2)
+
+
+def test_the_command_draws_a_sheet(tmp_path):
+    main(["phantom", str(tmp_path / "p"), "--out", str(tmp_path / "p.jsonl"), "--studies", "13",
+          "--sheet", str(tmp_path / "sheet.png")])
+    assert Image.open(tmp_path / "sheet.png").size == (1024, 768)
+    assert len(Manifest(tmp_path / "p.jsonl")) == 13
+
+
+def test_patients_of_the_phantom_stay_in_one_split(drawn):
+    _, rows = drawn
+    splits = {}
+    for row in rows:
+        splits.setdefault(row["patient"], set()).add(row["split"])
+    assert all(len(own) == 1 for own in splits.values()) and len(splits) < len(rows)
+    assert Counter(row["split"] for row in rows)["train"] > 0.7 * len(rows)
