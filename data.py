@@ -1,8 +1,8 @@
-"""Every data set of the paper from its official files, images, batches, the phantom (Sec. 5.1, App. B.1).
+"""Every data set of the paper from its official files, batches, the phantom (Sec. 5.1, App. B.1).
 
-    python data.py SET ROOT --out X.jsonl        official download -> manifest, one frontal image a line
-    python data.py check X.jsonl                 validates lines and images; Tab. 1 for any corpus
-    python data.py cache X.jsonl --out DIR       resized copies and a manifest that points to them
+    python data.py SET ROOT --out X.jsonl     official download -> manifest, a frontal image a line
+    python data.py check X.jsonl              validates lines and images; Tab. 1 for any corpus
+    python data.py cache X.jsonl --out DIR    resized copies and a manifest that points to them
 
 In this order: images, manifest, batches, phantom, builders (one per data set), check and cache.
 Symbols: B rows of one rank's batch, N = world x B, S the image side in pixels.
@@ -12,6 +12,7 @@ SPDX-License-Identifier: MIT
 
 import argparse
 import csv
+import functools
 import gzip
 import hashlib
 import io
@@ -42,7 +43,7 @@ SPLITS = ("train", "val", "test")
 MAX_PIXELS = 50_000_000      # checked before decoding: three times the largest published radiograph
 MAX_XML_BYTES = 1_000_000    # OpenI's longest report is 12 kB
 MAX_TRIES = 20               # replacements tried for one unreadable image
-BROKEN = (OSError, SyntaxError, EOFError, ValueError, IndexError, struct.error, zlib.error)  # Pillow's
+BROKEN = (OSError, SyntaxError, EOFError, ValueError, IndexError, struct.error, zlib.error)
 
 # ---------------------------------------------------------------- images (App. B.1)
 
@@ -50,8 +51,8 @@ BROKEN = (OSError, SyntaxError, EOFError, ValueError, IndexError, struct.error, 
 def read_image(path, at_least=None):
     """One radiograph as a grey 8-bit PIL image.
 
-    path: PNG or JPEG of 8 or 16 bits, or DICOM (needs pydicom; MONOCHROME1 is inverted). at_least: side
-    in pixels that suffices; a JPEG is decoded at 1/2, 1/4 or 1/8 while both sides stay above it.
+    path: PNG or JPEG of 8 or 16 bits, or DICOM (needs pydicom; MONOCHROME1 is inverted). at_least:
+    side in pixels that suffices; a JPEG is decoded at 1/2, 1/4 or 1/8 if both sides stay above it.
     Raises OSError or ValueError naming the file; the size is checked before anything is decoded.
     """
     if str(path).lower().endswith((".dcm", ".dicom")):
@@ -79,7 +80,8 @@ def to_grey(values):
     # ASSUMPTION: images of more than 8 bits are scaled by their own minimum and maximum.
     values = values.astype(np.float32)
     low, high = float(values.min()), float(values.max())
-    return Image.fromarray(np.round((values - low) * (255 / max(high - low, 1e-6))).astype(np.uint8))
+    scaled = (values - low) * (255 / max(high - low, 1e-6))
+    return Image.fromarray(np.round(scaled).astype(np.uint8))
 
 
 def _read_dicom(path):
@@ -90,24 +92,24 @@ def _read_dicom(path):
     try:
         header = pydicom.dcmread(path)
         if int(header.Rows) * int(header.Columns) > MAX_PIXELS:
-            raise ValueError(f"expected at most {MAX_PIXELS} pixels")
+            raise OverflowError
         values = np.asarray(header.pixel_array, dtype=np.float32)
         if values.ndim != 2:
-            raise ValueError(f"expected one grey frame, got shape {values.shape}")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: expected an image, found no such file") from None
+            raise ValueError
+    except OverflowError:
+        raise ValueError(f"{path}: expected at most {MAX_PIXELS} pixels") from None
     except (pydicom.errors.InvalidDicomError, AttributeError, RuntimeError, *BROKEN) as error:
-        raise OSError(f"{path}: expected a readable DICOM image ({error})") from None
+        raise OSError(f"{path}: expected a grey DICOM image ({type(error).__name__})") from None
     return to_grey(-values if header.get("PhotometricInterpretation") == "MONOCHROME1" else values)
 
 
 def pixels(image, size, rng=None):
-    """PIL image -> (1, S, S) uint8: all of it, or with rng a random crop, resized in the same step."""
+    """PIL image -> (1, S, S) uint8: all of it, or with rng a random crop, resized in one step."""
     # ASSUMPTION: an image is squashed to the square, so that neither lung's edge is ever cut off.
     width, height = image.size
     box = (0, 0, width, height)
     if rng is not None:
-        # ASSUMPTION: crops keep 80-100 % of the area, aspect within 10 %; no flips: sides have names.
+        # ASSUMPTION: crops keep 80-100 % of the area and 10 % of the aspect; sides are not flipped.
         area, aspect = rng.uniform(0.8, 1.0), np.exp(rng.uniform(-0.1, 0.1))
         w, h = width * min(1, (area * aspect) ** 0.5), height * min(1, (area / aspect) ** 0.5)
         x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
@@ -117,7 +119,7 @@ def pixels(image, size, rng=None):
 
 
 def crop_borders(image):
-    """Cuts black padding away: rows and columns in which hardly any pixel is brighter than black."""
+    """Cuts black padding away: rows and columns in which hardly any pixel is not black."""
     # DIFFERS from App. B.1: its public pipeline takes the largest contour's box, with OpenCV.
     bright = np.asarray(image) > 10
     rows, columns = (np.flatnonzero(bright.mean(axis) > 0.02) for axis in (1, 0))
@@ -136,7 +138,7 @@ def patient_hash(patient):
 
 
 def split_of(patient):
-    """train, val or test (80/10/10) by the patient's hash, so that a subset keeps its assignment."""
+    """train, val or test (80/10/10) by the patient's hash: a subset keeps its assignment."""
     share = patient_hash(patient) % 1000
     return "train" if share < 800 else "val" if share < 900 else "test"
 
@@ -152,15 +154,18 @@ def label_vector(labels, uncertain="positive"):
 
 INDEX = np.dtype([("offset", "<i8"), ("patient", "<i8"), ("line", "<i4"), ("positives", "<u2"),
                   ("split", "u1"), ("negatives", "u1")])
+NO_SPLIT, HEADER = 254, 255  # in "split"
+TYPES = {"id": str, "image": str, "split": str, "report": str, "labels": dict, "targets": dict,
+         "graph": dict, "hard_negatives": list}
 
 
 class Manifest:
-    """Lazy rows of a manifest: a memory-mapped sidecar, 24 bytes a line; records parsed when asked for.
+    """Lazy rows of a manifest; a memory-mapped sidecar holds 24 bytes a line.
 
-    path: JSON Lines; PATH.index.npy beside it is rebuilt when the manifest's size or time changes, and
-    kept in memory if the folder is not writable. split: train, val, test or all. image_root replaces
-    every record's "root". Columns, one entry a row: .patients int64 hash, .positives uint16 (bit k:
-    CONDITIONS[k] is 1), .negatives uint8 (stored hard negatives). ValueError names file and line.
+    path: JSON Lines; PATH.index.npy beside it is rebuilt when the manifest's size or time changes,
+    and kept in memory if the folder is not writable. split: train, val, test or all. image_root
+    replaces every record's "root". Columns, an entry a row: .patients int64 hash, .positives uint16
+    (bit k: CONDITIONS[k] is 1), .negatives uint8 (hard negatives). ValueError names file and line.
     """
 
     def __init__(self, path, split="all", image_root=None):
@@ -168,11 +173,10 @@ class Manifest:
             raise ValueError(f"{path}: expected split train, val, test or all, got {split!r}")
         self.path, self.split, self.image_root = str(path), split, image_root
         self.index = _load_index(self.path)
-        codes = self.index["split"][1:]  # row 0 is the header
-        rows = np.arange(len(codes)) if split == "all" else np.flatnonzero(codes == SPLITS.index(split))
-        self.rows = rows.astype(np.int32) + 1
+        codes = (SPLITS.index(split),) if split != "all" else (0, 1, 2, NO_SPLIT)
+        self.rows = np.flatnonzero(np.isin(self.index["split"], codes)).astype(np.int32)
         self.patients, self.positives, self.negatives = (
-            np.asarray(self.index[name][self.rows]) for name in ("patient", "positives", "negatives"))
+            self.index[name][self.rows] for name in ("patient", "positives", "negatives"))
         self.file = open(self.path, "rb", buffering=0)
 
     def __reduce__(self):  # a worker opens the sidecar itself
@@ -186,32 +190,41 @@ class Manifest:
         return int(self.index["line"][self.rows[i]])
 
     def __getitem__(self, i):
-        row = int(self.rows[i])
-        start = int(self.index["offset"][row])
-        end = int(self.index["offset"][(row + 1) % len(self.index)])  # the header's is the file's size
-        return _parse(f"{self.path}:{self.line(i)}", os.pread(self.file.fileno(), end - start, start))
+        row, offsets = int(self.rows[i]), self.index["offset"]
+        start, end = int(offsets[row]), int(offsets[(row + 1) % len(offsets)])  # header: file size
+        raw = os.pread(self.file.fileno(), end - start, start)
+        return _parse(f"{self.path}:{self.line(i)}", raw)
 
     def image_path(self, record):
-        """The record's image as a path; ValueError if it would leave the image root."""
+        """See image_path."""
         return image_path(record, self.path, self.image_root)
 
 
+_real = functools.lru_cache(4096)(os.path.realpath)  # resolving a whole path costs 0.1 ms
+
+
 def image_path(record, manifest, image_root=None):
-    root = Path(image_root or record.get("root") or Path(manifest).parent).resolve()
-    path = (root / record["image"]).resolve()
-    if not path.is_relative_to(root):
-        raise ValueError(f"{manifest}: expected images inside their root (--image-root), got one outside")
-    return path
+    """The record's image as a path; ValueError if it would leave the image root."""
+    root = _real(image_root or record.get("root") or os.path.dirname(manifest))
+    path = os.path.normpath(os.path.join(root, record["image"]))
+    folder, name = os.path.split(path)
+    path = os.path.realpath(path) if os.path.islink(path) else os.path.join(_real(folder), name)
+    if not path.startswith(os.path.join(root, "")):
+        raise ValueError(f"{manifest}: expected images inside their root (see --image-root)")
+    return Path(path)
 
 
 def _parse(where, raw):
     try:
         record = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{where}: expected one JSON object in UTF-8") from None
-    if not isinstance(record, dict) or not all(isinstance(record.get(k), str) for k in ("id", "image")):
-        raise ValueError(f"{where}: expected a JSON object with the texts id and image")
-    if record.get("split") not in (*SPLITS, None):
+    if not isinstance(record, dict) or not {"id", "image"} <= record.keys():
+        raise ValueError(f"{where}: expected a JSON object with id and image")
+    for name, kind in TYPES.items():
+        if not isinstance(record.get(name, kind()), kind):
+            raise ValueError(f"{where}: expected {name} as {kind.__name__}")
+    if record.get("split", "train") not in SPLITS:
         raise ValueError(f"{where}: expected split train, val or test")
     return record
 
@@ -236,16 +249,16 @@ def _load_index(path):
 
 
 def _build_index(path, stamp):
-    parts, chunk, offset = [], [(*stamp, 0, 0, 255, 0)], 0
+    parts, chunk, offset = [], [(*stamp, 0, 0, HEADER, 0)], 0
     with open(path, "rb") as file:
         for line, raw in enumerate(file, 1):
             if raw.strip():
                 record = _parse(f"{path}:{line}", raw)
-                labels, split = record.get("labels") or {}, record.get("split")
+                labels, split = record.get("labels", {}), record.get("split")
                 bits = sum(1 << k for k, name in enumerate(CONDITIONS) if labels.get(name) == 1)
                 chunk.append((offset, patient_hash(record.get("patient", record["id"])), line, bits,
-                              SPLITS.index(split) if split else 255,
-                              min(255, len(record.get("hard_negatives") or ()))))
+                              SPLITS.index(split) if split else NO_SPLIT,
+                              min(255, len(record.get("hard_negatives", ())))))
             offset += len(raw)
             if len(chunk) > 10_000:
                 parts, chunk = [*parts, np.array(chunk, INDEX)], []
@@ -258,11 +271,11 @@ def _build_index(path, stamp):
 class Studies(Dataset):
     """What training reads, indexed by (epoch, i); a sample is a pure function of (seed, epoch, i).
 
-    manifest: rows of one split, with labels. image_size: S. tokenize: list of str -> dict of tensors.
-    negatives: draw one stored hard negative anew each epoch; a study with none gets a report of this
-    split with exactly one positive, with that report's labels and graph (Sec. 4.1). graphs: add RadGraph
-    graphs. uncertain: see label_vector. augment: random crops. An unreadable image is replaced by
-    another study drawn from the same seed, so that batches keep their size; "bad" lists the indices.
+    manifest: rows of one split, with labels. image_size: S. tokenize: list of str -> dict of
+    tensors. negatives: draw one stored hard negative anew each epoch; a study with none gets a
+    report of this split with exactly one positive, its labels and graph (Sec. 4.1). graphs: add the
+    RadGraph graphs. uncertain: see label_vector. augment: random crops. An unreadable image is
+    replaced by another study drawn from the same seed, so batches keep their size; "bad" lists it.
     """
 
     def __init__(self, manifest, *, image_size, tokenize, negatives, graphs, uncertain="positive",
@@ -273,8 +286,8 @@ class Studies(Dataset):
         bits = manifest.positives & ((1 << len(CONDITIONS) - 1) - 1)  # the 13 besides No Finding
         self.single = np.flatnonzero((bits > 0) & (bits & (bits - 1) == 0)).astype(np.int32)
         if negatives and not len(self.single) and not manifest.negatives.all():
-            raise ValueError(f"{manifest.path}: expected hard_negatives, or reports with exactly one "
-                             "positive label, to train with negations; run negations.py on it first")
+            raise ValueError(f"{manifest.path}: expected hard_negatives or reports of one positive "
+                             "label to train with negations; run negations.py on it first")
 
     def __len__(self):
         return len(self.manifest)
@@ -292,8 +305,9 @@ class Studies(Dataset):
                 bad.append(i)
                 i = int(rng.integers(len(self.manifest)))
         else:
-            raise ValueError(f"{self.manifest.path}:{self.manifest.line(bad[0])}: {MAX_TRIES} images in "
-                             "a row could not be read; is --image-root right? See: python data.py check")
+            where = f"{self.manifest.path}:{self.manifest.line(bad[0])}"
+            raise ValueError(f"{where}: expected images, {MAX_TRIES} in a row could not be read "
+                             "(is --image-root right? see: python data.py check)")
         crop = rng if self.augment else None
         sample = {"index": i, "bad": bad, "pixels": pixels(image, self.image_size, crop)}
         sample |= self._text(record)
@@ -302,8 +316,8 @@ class Studies(Dataset):
         return sample
 
     def _text(self, record):
-        return {"report": record.get("report", ""), "graph": record.get("graph") or {},
-                "labels": label_vector(record.get("labels") or {}, self.uncertain)}
+        return {"report": record.get("report", ""), "graph": record.get("graph", {}),
+                "labels": label_vector(record.get("labels", {}), self.uncertain)}
 
     def _negative(self, record, rng):
         stored = record.get("hard_negatives")
@@ -317,9 +331,9 @@ class Studies(Dataset):
 
     def collate(self, samples):
         """Samples -> one batch; tokens and graphs are made here, that is in the worker."""
-        bad = sorted({i for s in samples for i in s["bad"]})
-        batch = {"pixels": torch.from_numpy(np.stack([s["pixels"] for s in samples])),  # (B, 1, S, S)
-                 "index": torch.tensor([s["index"] for s in samples]),                  # (B,)
+        bad, images = sorted({i for s in samples for i in s["bad"]}), [s["pixels"] for s in samples]
+        batch = {"pixels": torch.from_numpy(np.stack(images)),          # (B, 1, S, S)
+                 "index": torch.tensor([s["index"] for s in samples]),  # (B,)
                  "bad": torch.tensor(bad, dtype=torch.int64)}
         for prefix, side in (("", samples), ("hard_", [s["hard"] for s in samples if "hard" in s])):
             if side:
@@ -332,19 +346,19 @@ class Studies(Dataset):
 
 
 class GlobalBatches:
-    """Batch sampler: step s of an epoch takes rows [s N, (s + 1) N) of one permutation, a rank its B.
+    """Batch sampler: step s takes rows [s N, (s + 1) N) of one permutation an epoch, a rank its B.
 
-    batch_size is N, a multiple of world; the last incomplete batch is dropped, so all ranks take equal
-    steps; start is the first step (to resume inside an epoch). Yields lists of (epoch, i).
+    batch_size is N, a multiple of world; the last incomplete batch is dropped, so all ranks take
+    equal steps; start is the first step (to resume inside an epoch). Yields lists of (epoch, i).
     """
 
     def __init__(self, num_studies, batch_size, seed, epoch, rank=0, world=1, start=0):
         if batch_size < 1 or batch_size % world:
             raise ValueError(f"expected a batch size divisible by {world} ranks, got {batch_size}")
         if num_studies < batch_size:
-            raise ValueError(f"expected at least one batch of {batch_size} studies, got {num_studies}")
-        self.num_studies, self.batch_size, self.seed, self.epoch = num_studies, batch_size, seed, epoch
-        self.rank, self.world, self.start = rank, world, start
+            raise ValueError(f"expected at least {batch_size} studies (a batch), got {num_studies}")
+        self.num_studies, self.batch_size, self.start = num_studies, batch_size, start
+        self.seed, self.epoch, self.rank, self.world = seed, epoch, rank, world
 
     def __len__(self):
         return max(0, self.num_studies // self.batch_size - self.start)
@@ -372,38 +386,39 @@ FINDINGS = {
     "Lung Opacity": (1.0, (), "* hazy opacity in the < ^ lung|ill-defined < ^ lung opacity"),
     "Lung Lesion": (0.9, (), "* < ^ lung nodule|* rounded nodule in the < ^ lung|< ^ lung mass"),
     "Edema": (0.8, ("Cardiomegaly", "Pleural Effusion"), "* pulmonary edema|* interstitial edema"),
-    "Consolidation": (0.9, (), "* consolidation in the < ^ lung|* focal consolidation of the < ^ lobe"),
+    "Consolidation": (0.9, (), "* consolidation in the < ^ lung|* focal < ^ lobe consolidation"),
     "Pneumonia": (1.0, ("Lung Opacity",), "< ^ lobe pneumonia|* pneumonia in the < ^ lung"),
-    "Atelectasis": (1.0, (), "* < basilar atelectasis|* atelectasis at the < base|< linear atelectasis"),
-    "Pneumothorax": (0.9, ("Support Devices", "Fracture"), "* < pneumothorax|* < apical pneumothorax"),
+    "Atelectasis": (1.0, (), "* < basilar atelectasis|* atelectasis at the < base|< atelectasis"),
+    "Pneumothorax": (0.9, ("Support Devices", "Fracture"), "* < pneumothorax|< pneumothorax"),
     "Pleural Effusion": (1.3, ("Atelectasis",), "* < pleural effusion|* effusion on the <"),
     "Pleural Other": (0.5, (), "* < pleural thickening|< lateral pleural thickening"),
     "Fracture": (0.6, (), "< rib fracture|* displaced < rib fracture|fracture of several < ribs"),
     "Support Devices": (0.8, (), "a #|a # in place|a # in standard position")}
 SEVERITY = (("mild", "slight", "minimal"), ("moderate",), ("severe", "marked", "extensive"))
-FRAMES = ("there is {}.|{}.|{} is present.|{} is noted.|{} is seen.|findings show {}.|unchanged {}.|"
-          "{}, unchanged from the prior study.|compared to the prior study, there is {}.|stable {}.|"
-          "{} is again seen.|{} has increased since the previous examination.|"
+FRAMES = ("there is {}.|{}.|{} is present.|{} is noted.|{} is seen.|findings show {}.|stable {}.|"
+          "{}, unchanged from the prior study.|compared to the prior study, there is {}.|"
+          "unchanged {}.|{} is again seen.|{} has increased since the previous examination.|"
           "new {} since the prior radiograph.")
 ABSENT = {
     "Cardiomegaly": "the heart is normal in size.|heart size is normal.|no cardiomegaly.",
-    "Enlarged Cardiomediastinum": "mediastinal contours are normal.|the mediastinum is not widened.",
+    "Enlarged Cardiomediastinum": "normal mediastinal contours.|the mediastinum is not widened.",
     "Pleural Effusion": "no pleural effusion.|there is no effusion on either side.",
-    "Pneumothorax": "no pneumothorax.|there is no evidence of pneumothorax.|no pneumothorax is seen.",
-    "Consolidation": "no focal consolidation.|there is no consolidation.", "Fracture": "no rib fracture.",
-    "Edema": "no pulmonary edema.|there is no evidence of edema.", "Lung Lesion": "no nodule or mass.",
-    "Pneumonia": "no evidence of pneumonia.|no pneumonia.", "Atelectasis": "no atelectasis."}
-REMARKS = ("frontal view of the chest.|comparison is made to the prior study.|the patient is rotated.|"
-           "single portable view of the chest.")
+    "Pneumothorax": "no pneumothorax.|there is no evidence of pneumothorax.|no pneumothorax seen.",
+    "Consolidation": "no focal consolidation.|there is no consolidation.",
+    "Edema": "no pulmonary edema.|there is no evidence of edema.", "Fracture": "no rib fracture.",
+    "Pneumonia": "no evidence of pneumonia.|no pneumonia.", "Atelectasis": "no atelectasis.",
+    "Lung Lesion": "no nodule or mass."}
+REMARKS = ("frontal view of the chest.|comparison is made to the prior study.|"
+           "the patient is rotated.|single portable view of the chest.")
 DEVICES = {  # path on the image; the pacemaker has its box too
     "left chest pacemaker": [(0.5, -0.5), (0.2, -0.42), (0.02, -0.1), (0.0, 0.3), (0.22, 0.5)],
-    "right internal jugular catheter": [(-0.22, -0.98), (-0.15, -0.6), (-0.10, -0.2), (-0.08, 0.12)],
+    "right internal jugular catheter": [(-0.22, -0.98), (-0.15, -0.6), (-0.1, -0.2), (-0.08, 0.1)],
     "endotracheal tube": [(0.01, -1), (0.0, -0.6), (0.02, -0.28)],
     "nasogastric tube": [(0.02, -1), (0.03, 0.2), (0.10, 0.62), (0.3, 0.72)]}
 
 
 def phantom_records(folder, studies, size, seed, normal_fraction, duplicates):
-    """Draws the images into folder/images and yields their records; a pure function of the arguments."""
+    """Draws images into folder/images, yields their records; a pure function of the arguments."""
     if not 0 <= normal_fraction <= 1 or studies < 1 or duplicates < 0 or not 32 <= size <= 2048:
         raise ValueError("expected at least 1 study of 32 to 2048 pixels, no negative number of "
                          "duplicates and a normal fraction of 0 to 1")
@@ -425,9 +440,9 @@ def phantom_records(folder, studies, size, seed, normal_fraction, duplicates):
 
 
 def _draw_findings(rng):
-    weights = np.array([weight for weight, _, _ in FINDINGS.values()])
+    share = np.array([weight for weight, _, _ in FINDINGS.values()])
     count = rng.choice([1, 2, 3], p=[0.55, 0.30, 0.15])
-    names = set(rng.choice(list(FINDINGS), count, replace=False, p=weights / weights.sum()).tolist())
+    names = set(rng.choice(list(FINDINGS), count, replace=False, p=share / share.sum()).tolist())
     names |= {other for name in sorted(names) for other in FINDINGS[name][1] if rng.random() < 0.3}
     return {name: SimpleNamespace(amount=float(rng.uniform(0.25, 1.0)), zone=int(rng.integers(3)),
                                   side=int(rng.choice((-1, 1))),  # -1: the patient's right
@@ -444,7 +459,9 @@ def _write_report(found, rng):
         words = {"*": pick(SEVERITY[min(2, int((finding.amount - 0.25) * 4))]), "#": finding.device,
                  "<": "right" if finding.side < 0 else "left",
                  "^": ("upper", "mid", "lower")[finding.zone]}
-        phrase = re.sub(r"[*#<^]", lambda sign, w=words: w[sign[0]], pick(FINDINGS[name][2].split("|")))
+        phrase = pick(FINDINGS[name][2].split("|"))
+        for sign, word in words.items():
+            phrase = phrase.replace(sign, word)
         frames = FRAMES.split("|")[:11 if name == "Support Devices" else None]
         sentences.append(pick(frames).format(phrase))
     absent = rng.permutation([name for name in ABSENT if name not in found])
@@ -484,7 +501,7 @@ def _noise(size, rng, cells):
 
 
 def _draw_chest(found, size, rng):
-    """A frontal chest, the patient's right on the left: x in -1..1, y from -1 (neck) to 1 (abdomen)."""
+    """A frontal chest, its right on the left: x in -1..1, y from -1 (neck) to 1 (abdomen)."""
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     turn, dx, dy, zoom = rng.normal((0, 0, 0, 1), (0.04, 0.03, 0.03, 0.04)).tolist()
     across, down = zoom * (axis[None] - dx), zoom * (axis[:, None] - dy)
@@ -586,7 +603,8 @@ def _draw_finding(chest, name, finding):
 
 def _draw_bones(chest, fracture):
     rng, y, u, image = chest.rng, chest.y, chest.u, chest.image
-    phase = (y - 0.42 * u + 1.1 * np.clip(u - 0.55, 0, 1) ** 2) * rng.uniform(4.3, 4.9) + rng.random()
+    slope = y - 0.42 * u + 1.1 * np.clip(u - 0.55, 0, 1) ** 2
+    phase = slope * rng.uniform(4.3, 4.9) + rng.random()
     wall = 0.86 * np.sqrt(np.clip(1 - ((y - 0.3) / 1.22) ** 2, 0, 1))
     cage = _step(wall - u, 0.08) * _step(0.62 - y, 0.2) * _step(u - 0.1, 0.2)
     if fracture:  # the outer parts of some ribs are displaced, with a bright edge
@@ -603,19 +621,20 @@ def _draw_bones(chest, fracture):
 
 
 def make_phantom(folder, studies=3000, size=64, seed=0, normal_fraction=0.45, duplicates=0):
-    """Draws the phantom into a folder -> path of its raw phantom.jsonl; reused if it is there already.
+    """Draws the phantom into a folder -> path of its raw phantom.jsonl; reused if it is there.
 
     studies: normal_fraction of them have one of Tab. 1's templates at that table's frequencies;
     duplicates: more normal training studies with one identical sentence (Tab. 3); size in pixels.
     """
-    arguments = dict(studies=studies, size=size, seed=seed, normal_fraction=normal_fraction,
-                     duplicates=duplicates)
-    manifest, note, text = (Path(folder) / "phantom.jsonl", Path(folder) / "phantom.json",
-                            json.dumps(arguments | {"version": 3}))
+    folder = Path(folder).resolve()
+    arguments = dict(folder=str(folder), studies=studies, size=size, seed=seed,
+                     normal_fraction=normal_fraction, duplicates=duplicates)
+    manifest, note = folder / "phantom.jsonl", folder / "phantom.json"
+    text = json.dumps(arguments | {"version": 4})
     if not (manifest.exists() and note.exists() and note.read_text() == text):
-        manifest.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         note.unlink(missing_ok=True)
-        write_manifest("phantom", phantom_records(folder, **arguments), folder, manifest)
+        write_manifest("phantom", phantom_records(**arguments), folder, manifest)
         with open_atomic(note) as file:
             file.write(text)
     return manifest
@@ -641,12 +660,13 @@ class Images:
         return None
 
     def name(self, name):
-        """The relative path of the file of this name in any folder and format (DICOM last), else None."""
+        """The relative path of the file of this name, in any format (DICOM last), or None."""
         if self.stems is None:
             files = (Path(folder, f) for folder, _, files in os.walk(self.root) for f in files)
             files = [path for path in files if path.suffix.lower() in self.SUFFIXES]
             files.sort(key=lambda path: (path.suffix.lower() in (".dcm", ".dicom"), path))
-            self.stems = {stem(path): path.relative_to(self.root).as_posix() for path in files[::-1]}
+            files = {stem(path): path for path in files[::-1]}
+            self.stems = {k: path.relative_to(self.root).as_posix() for k, path in files.items()}
         return self.stems.get(stem(name))
 
 
@@ -658,8 +678,9 @@ def stem(path):
 
 def study(name, official, image, patient, split, **fields):
     """A record with "study" in place of "id"; image is None if the official one is not there."""
+    fields = {key: value for key, value in fields.items() if value is not None}
     return {"study": name, "image": image or official, "there": image is not None,
-            "patient": patient, "split": split, **{k: v for k, v in fields.items() if v is not None}}
+            "patient": patient, "split": split} | fields
 
 
 def find_file(root, *names, required=True):
@@ -674,7 +695,7 @@ def find_file(root, *names, required=True):
 
 
 def read_table(path, *columns):
-    """Rows of a CSV as ("FILE:LINE", dict), names and values stripped; ValueError names file and line."""
+    """Rows of a CSV as ("FILE:LINE", dict), stripped; ValueError names file and line."""
     csv.field_size_limit(1 << 27)
     line = 1
     try:
@@ -686,7 +707,7 @@ def read_table(path, *columns):
             for row in filter(None, rows):
                 line = rows.line_num
                 if len(row) < len(header) or any(row[len(header):]):
-                    raise ValueError(f"{path}:{line}: expected {len(header)} fields, got {len(row)}")
+                    raise ValueError(f"{path}:{line}: expected {len(header)} fields")
                 yield f"{path}:{line}", {k: v.strip() for k, v in zip(header, row, strict=False)}
     except UnicodeDecodeError:
         raise ValueError(f"{path}:{line}: expected UTF-8 after this line") from None
@@ -701,7 +722,8 @@ def read_json(path):
         raise ValueError(f"{path}:1: expected one JSON document in UTF-8") from None
 
 
-VALUES = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": -1, "-1.0": -1, "": None, "none": None, "nan": None}
+VALUES = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": -1, "-1.0": -1, "": None, "none": None,
+          "nan": None}
 CLASS_NAMES = ({name.lower(): name for name in CONDITIONS}
                | {"effusion": "Pleural Effusion", "normal": "No Finding"})
 
@@ -732,13 +754,13 @@ def join_text(*sections):
 
 def permuted(items, share):
     """scikit-learn's train_test_split(items, test_size=share, random_state=0) -> rest, first."""
-    order = np.random.RandomState(0).permutation(len(items))  # noqa: NPY002 (published splits use it)
+    order = np.random.RandomState(0).permutation(len(items))  # noqa: NPY002 (published splits)
     first = -int(-len(items) * share // 1)
     return [items[k] for k in order[first:]], [items[k] for k in order[:first]]
 
 
 def glorias_split(items):
-    """GLoRIA's 70/15/15 split -> the split of each item, in order; its first return is the test half."""
+    """GLoRIA's 70/15/15 split of each item, in order (the first half of the rest is test)."""
     train, rest = permuted(range(len(items)), 0.3)
     test, val = permuted(rest, 0.5)
     part = dict.fromkeys(train, "train") | dict.fromkeys(val, "val") | dict.fromkeys(test, "test")
@@ -764,8 +786,8 @@ def write_manifest(name, records, root, out, keep_missing=False, skipped=None):
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         skipped = {f"skipped: {why}": n for why, n in (skipped or {}).items()}
         if not counts["studies"]:
-            raise ValueError(f"{root}: expected the images of {name} in this folder; {counts[missing]} "
-                             f"not there (--keep-missing keeps such studies) {skipped or ''}")
+            raise ValueError(f"{root}: expected the images of {name} here, {counts[missing]} are "
+                             f"missing (--keep-missing keeps such studies) {skipped or ''}")
     shared = sum(len(splits) > 1 for splits in patients.values())
     return aligned({key: counts[key] for key in ("studies", *SPLITS, missing)}
                    | {"patients": len(patients), "patients in two splits": shared} | skipped)
@@ -776,14 +798,15 @@ def aligned(rows):
     return "\n".join(f"  {name:<{width}}  {n:>9,}" for name, n in rows.items())
 
 
-# ---------------------------------------------------------------- builders: one a data set (Sec. 5.1)
+# ---------------------------------------------------------------- builders, one a set (Sec. 5.1)
 
 MESH = {"Pulmonary Atelectasis": "Atelectasis", "Cardiomegaly": "Cardiomegaly", "Mass": "Mass",
         "Pleural Effusion": "Pleural Effusion", "Infiltrate": "Infiltration", "Nodule": "Nodule",
         "Pneumonia": "Pneumonia", "Pneumothorax": "Pneumothorax", "Consolidation": "Consolidation",
         "Pulmonary Edema": "Edema", "Emphysema": "Emphysema", "Pulmonary Emphysema": "Emphysema",
         "Bullous Emphysema": "Emphysema", "Pulmonary Fibrosis": "Fibrosis", "Fibrosis": "Fibrosis",
-        "Thickening/pleura": "Pleural Thickening", "Hernia, Hiatal": "Hernia", "normal": "No Finding"}
+        "Thickening/pleura": "Pleural Thickening", "Hernia, Hiatal": "Hernia",
+        "normal": "No Finding"}
 
 
 def build_openi(root, args, skipped):
@@ -798,7 +821,8 @@ def build_openi(root, args, skipped):
         indexed = ["No Indexing"] not in parts  # else nobody looked for findings
         targets = {name: int(name in found) for name in MESH.values()} if indexed else None
         for name in names:
-            yield study(uid, name, images.name(name), uid, split_of(uid), report=report, targets=targets)
+            yield study(uid, name, images.name(name), uid, split_of(uid), report=report,
+                        targets=targets)
 
 
 def _openi_kaggle(reports, root):
@@ -837,7 +861,8 @@ def _openi_files(root):
         with tarfile.open(archive) as tar:
             for member in tar:
                 if member.isfile() and member.name.endswith(".xml"):
-                    yield f"{archive}:{member.name}", tar.extractfile(member).read(MAX_XML_BYTES + 1)
+                    data = tar.extractfile(member).read(MAX_XML_BYTES + 1)
+                    yield f"{archive}:{member.name}", data
 
 
 def parse_xml(name, data):
@@ -871,7 +896,8 @@ def parse_report(text):
 
 def build_mimic(root, args, skipped):
     """MIMIC-CXR-JPG: split, metadata and chexpert tables, .txt reports; frontal views"""
-    file = {key: find_file(root, f"mimic-cxr-2.*-{key}.csv") for key in ("split", "metadata", "chexpert")}
+    file = {key: find_file(root, f"mimic-cxr-2.*-{key}.csv")
+            for key in ("split", "metadata", "chexpert")}
     splits = {row["dicom_id"]: row["split"].replace("validate", "val")
               for _, row in read_table(file["split"], "dicom_id", "split")}
     labels = {row["study_id"]: conditions_of(where, row)
@@ -888,9 +914,9 @@ def build_mimic(root, args, skipped):
             raise ValueError(f"{where}: expected its dicom_id in {file['split']}, "
                              "with split train, validate or test")
         if number != last:
-            places = (Path(root) / base / f"{folder}.txt" for base in ("", "mimic-cxr-reports", "reports"))
-            path, last = next((path for path in places if path.is_file()), None), number
-            report = path and join_text(*parse_report(path.read_text("utf-8", "replace")))
+            texts = (Path(root) / base / f"{folder}.txt" for base in ("", "mimic-cxr-reports"))
+            text, last = next(filter(Path.is_file, texts), None), number
+            report = text and join_text(*parse_report(text.read_text("utf-8", "replace")))
         if not report:
             skipped["no report file" if report is None else "neither findings nor impression"] += 1
             continue
@@ -902,27 +928,28 @@ def build_mimic(root, args, skipped):
 def build_chexpert_plus(root, args, skipped):
     """CheXpert Plus: its CSV, CheXbert labels and RadGraph-XL graphs; frontal views"""
     parts, images = ("findings", "impression"), Images(root)
-    labels = [{row["path_to_image"]: conditions_of(f"{file}:{line}", row) for line, row in read_jsonl(file)}
-              for part in parts
-              if (file := find_file(root, f"chexbert_labels/{part}_fixed.json", required=False))]
+    names = (f"chexbert_labels/{part}_fixed.json" for part in parts)
+    labels = [{row["path_to_image"]: conditions_of(f"{file}:{line}", row)
+               for line, row in read_jsonl(file)}
+              for name in names if (file := find_file(root, name, required=False))]
     files = {part: find_file(root, f"radgraph-XL-annotations/section_{part}.json", required=False)
              for part in parts}
     graphs = {part: iter(read_json(file)) for part, file in files.items() if file}
     columns = ("path_to_image", "frontal_lateral", "deid_patient_id", "split")
     for where, row in read_table(find_file(root, "df_chexpert_plus_*.csv"), *columns,
                                  *(f"section_{part}" for part in parts)):
-        own = [next(graphs[part], None) for part in graphs  # listed for sections of two words or more
+        own = [next(graphs[part], None) for part in graphs  # only sections of two words have one
                if len(row[f"section_{part}"].split()) >= 2]
         if None in own:
-            raise ValueError(f"{where}: expected a graph for each section; {files} end before this row")
+            raise ValueError(f"{where}: expected a graph for each section, the list ends before")
         path, view, patient, split = (row[column] for column in columns)
         report = join_text(row["section_findings"], row["section_impression"])
         if view != "Frontal" or not report:
             skipped["neither findings nor impression" if view == "Frontal" else "not frontal"] += 1
             continue
         found = merge_labels(*(table.get(path, {}) for table in labels)) if labels else None
-        yield study("/".join(Path(path).parts[-3:-1]), path, images.path(path, f"PNG/{path}"), patient,
-                    split.replace("valid", "val"), report=report, labels=found,
+        yield study("/".join(path.split("/")[-3:-1]), path, images.path(path, f"PNG/{path}"),
+                    patient, split.replace("valid", "val"), report=report, labels=found,
                     graph=merge_graphs(own) if own else None)
     for part in graphs:
         if next(graphs[part], None) is not None:
@@ -943,35 +970,38 @@ def merge_graphs(records):
     """RadGraph records of consecutive sections -> one record."""
     words, entities = [], {}
     for record in (record.get("0", record) for record in records):
-        shift = len(entities)
+        shift, start = len(entities), len(words)
         for key, entity in record["entities"].items():
             entities[str(int(key) + shift)] = entity | {
-                "start_ix": entity["start_ix"] + len(words), "end_ix": entity["end_ix"] + len(words),
+                "start_ix": entity["start_ix"] + start, "end_ix": entity["end_ix"] + start,
                 "relations": [[kind, str(int(to) + shift)] for kind, to in entity["relations"]]}
         words += record["text"].split(" ")
     return {"text": " ".join(words), "entities": entities}
 
 
 def build_chexpert5x200(root, args, skipped):
-    """CheXpert 5x200: GLoRIA's chexpert_5x200.csv (drawn without a seed) beside CheXpert's images"""
+    """CheXpert 5x200: GLoRIA's chexpert_5x200.csv (it has no seed) beside CheXpert's images"""
     images = Images(root)
     names = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
     file = find_file(root, "chexpert_5x200.csv", "chexpert_8x200.csv")
     for where, row in read_table(file, "Path", *names):
         path, short = row["Path"], row["Path"].split("/", 1)[-1]
-        patient, number = (*Path(path).parts[:-1], "", "")[-4:-2]
+        if path.count("/") < 3:
+            raise ValueError(f"{where}: expected Path as CheXpert-v1.0/train/PATIENT/STUDY/IMAGE")
+        patient, number = path.split("/")[-3:-1]
         there = images.path(path, short, f"CheXpert-v1.0/{short}", f"CheXpert-v1.0-small/{short}")
         yield study(f"{patient}/{number}", path, there, patient, "test",
-                    targets={name: label(where, row[name]) or 0 for name in names},
+                    targets={name: int(label(where, row[name]) == 1) for name in names},
                     report=join_text(row.get("Report Impression")) or None)
 
 
 def build_rsna(root, args, skipped):
-    """RSNA pneumonia: stage_2_train_labels.csv with GLoRIA's split (rsna-ab: without class Normal)"""
+    """RSNA pneumonia: stage_2_train_labels.csv, GLoRIA's split (rsna-ab: without class Normal)"""
     found, normal, images = {}, set(), Images(root)
-    for where, row in read_table(find_file(root, "stage_2_train_labels.csv"), "patientId", "Target"):
+    file = find_file(root, "stage_2_train_labels.csv")
+    for where, row in read_table(file, "patientId", "Target"):
         name = row["patientId"]
-        found[name] = max(found.get(name, 0), label(where, row["Target"]) or 0)
+        found[name] = max(found.get(name, 0), int(label(where, row["Target"]) == 1))
     if args.command == "rsna-ab":
         classes = ("Normal", "No Lung Opacity / Not Normal", "Lung Opacity")
         file = find_file(root, "stage_2_detailed_class_info.csv")
@@ -995,7 +1025,7 @@ def build_siim(root, args, skipped):
     for _, row in read_table(file, "ImageId", "EncodedPixels"):
         rows.append(row["ImageId"])
         found[rows[-1]] = max(found.get(rows[-1], 0), int(row["EncodedPixels"] not in ("", "-1")))
-    # ASSUMPTION: SIIM is split by image, in the order of sorted ids, so that no image leaks into test.
+    # ASSUMPTION: SIIM is split by image, its ids sorted, so that no image leaks into test.
     names = rows if args.glorias_rows else sorted(found)
     for k, (name, split) in enumerate(zip(names, glorias_split(names), strict=True)):
         yield study(f"{name}/{k}" if args.glorias_rows else name, f"dicom-images-train/{name}.dcm",
@@ -1014,7 +1044,8 @@ def build_vindr(root, args, skipped):
         for name in names:
             targets = found[name] | {"No Finding": int(not any(found[name].values()))}
             split = ("val" if name in val else part) if official else split_of(name)
-            yield study(name, f"{part}/{name}.dicom", images.name(name), name, split, targets=targets)
+            yield study(name, f"{part}/{name}.dicom", images.name(name), name, split,
+                        targets=targets)
 
 
 def _vindr_labels(file, official):
@@ -1022,8 +1053,9 @@ def _vindr_labels(file, official):
     found, classes = {}, {}
     for where, row in read_table(file, "image_id", "No finding" if official else "class_name"):
         own = found.setdefault(row.pop("image_id"), set())
-        marks = row.items() if official else [(row["class_name"], 1)]
-        marks = {class_name(name): label(where, value) for name, value in marks if name != "rad_ID"}
+        marks = row if official else {row["class_name"]: 1}
+        marks = {class_name(name): label(where, value) for name, value in marks.items()
+                 if name.lower() != "rad_id"}
         own |= {name for name, value in marks.items() if value == 1}
         classes |= marks
     return {image: {name: int(name in own) for name in classes if name != "No Finding"}
@@ -1041,14 +1073,15 @@ def build_cxr14(root, args, skipped):
     lists = [find_file(root, f"{name}_list.txt", required=False) for name in ("train_val", "test")]
     known, test = ({stem(line.strip()) for line in open(f)} if f else set() for f in lists)
     if not all(lists):
-        print("train_val_list.txt or test_list.txt not there: split by patient, not the official split")
+        print("no train_val_list.txt and test_list.txt: split by patient, not the official split")
     file = find_file(root, "Data_Entry_2017_v2020.csv", "Data_Entry_2017*.csv")
     for where, row in read_table(file, "Image Index", "Finding Labels", "Patient ID"):
-        own, name, patient = row["Finding Labels"].split("|"), stem(row["Image Index"]), row["Patient ID"]
+        own, patient = row["Finding Labels"].split("|"), row["Patient ID"]
+        name = stem(row["Image Index"])
         if not set(own) <= set(CXR14):
             raise ValueError(f"{where}: expected Finding Labels out of {', '.join(CXR14)}")
         if all(lists) and name not in known | test:
-            raise ValueError(f"{where}: expected its image in train_val_list.txt or test_list.txt")
+            raise ValueError(f"{where}: expected its image in one of the official lists")
         if pairs is not None and name not in pairs:
             skipped["not among ProbMed's images"] += 1
             continue
@@ -1056,11 +1089,12 @@ def build_cxr14(root, args, skipped):
         if all(lists):
             split = "test" if name in test else "val" if split == "val" else "train"
         yield study(name, f"images/{row['Image Index']}", images.name(name), patient, split,
-                    targets={class_name(c): int(c in own) for c in CXR14}, **(pairs or {}).get(name, {}))
+                    targets={class_name(c): int(c in own) for c in CXR14},
+                    **(pairs or {}).get(name, {}))
 
 
 def probmed_pairs(path):
-    """ProbMed's test.json -> per image its question pairs and the classes its entity pairs ask for."""
+    """ProbMed's test.json -> per image its question pairs and the classes of its entity pairs."""
     def asked_class(question):
         text = question.lower().replace("_", " ")
         hits = [name for name in CXR14 if name.lower().replace("_", " ") in text]
@@ -1068,11 +1102,12 @@ def probmed_pairs(path):
 
     asked, out = {}, {}
     for k, item in enumerate(read_json(path)):
-        if not isinstance(item, dict) or not {"image", "qa_type", "question", "answer"} <= item.keys():
-            raise ValueError(f"{path}: expected image, qa_type, question and answer in entry {k}")
+        if not isinstance(item, dict) or not {"image", "qa_type", "question"} <= item.keys():
+            raise ValueError(f"{path}: expected image, qa_type and question in entry {k}")
         asked.setdefault(stem(item["image"]), {})[item["qa_type"]] = item["question"]
     for image, own in asked.items():
-        pairs = {kind: (question, own[kind.replace("_gt", "_hallu")]) for kind, question in own.items()
+        pairs = {kind: (question, own[kind.replace("_gt", "_hallu")])
+                 for kind, question in own.items()
                  if "_gt" in kind and kind.replace("_gt", "_hallu") in own}
         classes = [[*map(asked_class, pairs[kind])] for kind in pairs if kind.startswith("entity")]
         out[image] = {"questions": pairs, "adversarial": [pair for pair in classes if all(pair)]}
@@ -1087,7 +1122,7 @@ def build_cxr_align(root, args, skipped):
             texts = [item.get(key) for key in ("report", "negation", "omitted")]
             condition = CLASS_NAMES.get(str(item.get("chosen")).lower())
             if condition is None or not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"{file}: expected chosen, report, negation and omitted as text in "
+                raise ValueError(f"{file}: expected chosen, report, negation and omitted in "
                                  f"{source}, entry {k}")
             path = images.name(name)
             patient = re.search(r"/p(\d{8})/", path or "")  # in MIMIC-CXR-JPG's folders
@@ -1112,7 +1147,7 @@ BUILDERS = {"openi": build_openi, "mimic": build_mimic, "chexpert-plus": build_c
 
 
 def run_jobs(function, jobs, workers, title):
-    """function over jobs, in order, in that many processes (0: in this one), with a progress bar."""
+    """function over jobs, in order, in so many processes (0: this one), with a progress bar."""
     if not workers:
         yield from tqdm(map(function, jobs), title, len(jobs), disable=None)
         return
@@ -1139,7 +1174,7 @@ def _shrink(job):
 
 
 def cache(path, out, size=256, crop=False, workers=0, image_root=None):
-    """Copies of all images with that shorter side, and DIR/NAME.jsonl that points to them; resumes."""
+    """Copies of all images with that shorter side, and a manifest in out; resumes."""
     manifest, target = Manifest(path, image_root=image_root), Path(out) / Path(path).name
     folder = (Path(out) / f"{size}px{'-cropped' * crop}").resolve()
     if target.resolve() == Path(path).resolve():
@@ -1157,7 +1192,8 @@ def cache(path, out, size=256, crop=False, workers=0, image_root=None):
                 record = manifest[i] | {"root": str(folder), "image": name}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
     wrong = [f"{path}:{manifest.line(i)}: {why}" for i, why in enumerate(reasons) if why]
-    print(f"{target}\n" + aligned({"studies": len(names) - len(wrong), "left out, unreadable": len(wrong)}))
+    print(target, aligned({"studies": len(names) - len(wrong), "left out, unreadable": len(wrong)}),
+          sep="\n")
     return wrong
 
 
@@ -1181,7 +1217,7 @@ def _validate(where, record):
 
 
 def check(path, image_root=None, workers=0):
-    """Validates all lines and images and prints what a manifest holds -> the list of what is wrong."""
+    """Validates all lines and images, prints what a manifest holds -> the list of what is wrong."""
     wrong, jobs, lines, patients = [], [], [], {}
     ids, reports, splits, classes = Counter(), Counter(), Counter(), Counter()
     with open(path, "rb") as file:
@@ -1191,9 +1227,9 @@ def check(path, image_root=None, workers=0):
             try:
                 record = _parse(f"{path}:{line}", raw)
                 _validate(f"{path}:{line}", record)
-                jobs.append((image_path(record, f"{path}:{line}", image_root), None, 0, False))
+                jobs.append((image_path(record, path, image_root), None, 0, False))
             except ValueError as error:
-                wrong.append(str(error))
+                wrong.append(f"{path}:{line}: {str(error).split(': ', 1)[1]}")
                 continue
             lines.append(line)
             split = record.get("split", "no split")
@@ -1205,13 +1241,13 @@ def check(path, image_root=None, workers=0):
                            for name, value in (record.get(field) or {}).items())
     reasons = run_jobs(_shrink, jobs, workers, "images")
     wrong += [f"{path}:{line}: {why}" for line, why in zip(lines, reasons, strict=True) if why]
-    for count, what in ((sum(len(own) > 1 for own in patients.values()), "patients are in two splits"),
-                        (sum(n > 1 for n in ids.values()), "ids are there more than once")):
-        wrong += [f"{path}: {count} {what}"] if count else []
-    print(aligned({"studies": len(lines)} | dict(sorted(splits.items())) | {
-        "patients": len(patients), "patients in two splits": sum(len(p) > 1 for p in patients.values()),
-        "distinct reports": len(reports),
-        "studies that share their report": sum(n for n in reports.values() if n > 1)}))
+    shared = sum(len(own) > 1 for own in patients.values())
+    twice = sum(n > 1 for n in ids.values())
+    wrong += [f"{path}: {shared} patients are in two splits"] if shared else []
+    wrong += [f"{path}: {twice} ids are there more than once"] if twice else []
+    print(aligned({"studies": len(lines), **splits, "patients": len(patients),
+                   "patients in two splits": shared, "distinct reports": len(reports),
+                   "studies that share their report": sum(n for n in reports.values() if n > 1)}))
     for field, name in dict.fromkeys((field, name) for field, name, _ in classes):
         one, zero, unsure = (classes[field, name, value] for value in (1, 0, -1))
         print(f"  {field:<8} {name:<28} 1: {one:>7,}  0: {zero:>7,}  -1: {unsure:>7,}  "
@@ -1245,33 +1281,33 @@ def parse_args(argv=None):
     style = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=style)
     commands = parser.add_subparsers(dest="command", required=True, metavar="SET|check|cache")
-    for name, text in {name: build.__doc__ for name, build in BUILDERS.items()} .items():
-        sub = commands.add_parser(name, help=text, description=text, formatter_class=style)
+    for name, build in BUILDERS.items():
+        sub = commands.add_parser(name, help=build.__doc__, formatter_class=style)
         sub.add_argument("root", help="folder of the official download (phantom: to draw into)")
         sub.add_argument("--out", required=True, help="manifest to write (JSON Lines)")
-        sub.add_argument("--keep-missing", action="store_true", help="keep studies without an image")
+        sub.add_argument("--keep-missing", action="store_true", help="keep studies with no image")
         if name == "siim":
             sub.add_argument("--glorias-rows", action="store_true",
                              help="split rows as GLoRIA did: images leak into test")
         if name == "cxr14":
-            sub.add_argument("--probmed", metavar="test.json", help="keep ProbMed's images and pairs")
+            sub.add_argument("--probmed", metavar="test.json", help="its images and pairs only")
         if name == "phantom":
             sub.add_argument("--studies", type=int, default=3000, help="number of studies")
             sub.add_argument("--size", type=int, default=64, help="side in pixels")
             sub.add_argument("--seed", type=int, default=0, help="another seed is another data set")
             sub.add_argument("--normal-fraction", type=float, default=0.45, help="normals (Tab. 1)")
-            sub.add_argument("--duplicates", type=int, default=0, help="more normals, alike (Tab. 3)")
-    for name, text in (("check", "validate every line and image"), ("cache", "write resized copies")):
-        sub = commands.add_parser(name, help=text, description=text, formatter_class=style)
+            sub.add_argument("--duplicates", type=int, default=0, help="more, alike (Tab. 3)")
+    for name, run in (("check", check), ("cache", cache)):
+        sub = commands.add_parser(name, help=run.__doc__, formatter_class=style)
         sub.add_argument("manifest", help="JSON Lines of any of the sets")
+        sub.add_argument("--image-root", help="replaces every record's root")
         sub.add_argument("--workers", type=int, default=0, help="processes that read images")
         if name == "cache":
             sub.add_argument("--out", required=True, help="folder to write into; resumes")
             sub.add_argument("--size", type=int, default=256, help="shorter side in pixels")
-            sub.add_argument("--crop-borders", action="store_true", help="cut black borders (App. B.1)")
+            sub.add_argument("--crop-borders", action="store_true", help="black ones (App. B.1)")
     for sub in commands.choices.values():
         sub.add_argument("--sheet", metavar="F.png", help="also draw twelve of the images")
-        sub.add_argument("--image-root", help="replaces every record's root when images are read")
     return parser.parse_args(argv)
 
 
@@ -1288,10 +1324,10 @@ def main(argv=None):
             raise ValueError(f"{args.root}: expected the folder of the official download")
         skipped = Counter()
         records = BUILDERS[args.command](args.root, args, skipped)
-        print(manifest, write_manifest(args.command, records, args.root, manifest, args.keep_missing,
-                                       skipped), sep="\n")
+        name, keep = args.command, args.keep_missing
+        print(manifest, write_manifest(name, records, args.root, manifest, keep, skipped), sep="\n")
     if args.sheet:
-        draw_sheet(manifest, args.sheet, args.image_root)
+        draw_sheet(manifest, args.sheet, getattr(args, "image_root", None))
     for line in wrong[:20]:
         print(f"wrong: {line}", file=sys.stderr)
     if wrong and args.command == "check":

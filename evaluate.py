@@ -217,8 +217,8 @@ class Images(Dataset):
 
     def __init__(self, manifest, rows, model):
         self.manifest, self.rows, self.transform = manifest, rows, model.transform
-        size = getattr(model, "image_size", None)
-        self.at_least = size and size * 5 // 4  # as in training: JPEGs are decoded no larger
+        # As in training: a JPEG is decoded no larger than needed.
+        self.at_least = getattr(model, "image_size", 0) * 5 // 4 or None
 
     def __len__(self):
         return len(self.rows)
@@ -289,6 +289,10 @@ def embed_texts(model, texts, batch_size=64, progress=False):
     return embedded[[place[text] for text in texts]]
 
 
+class Unmeasurable(ValueError):
+    """What a task needs is not in the manifest; the message says how to make it."""
+
+
 class Bench:
     """One model on one split; every embedding is computed once and shared by the tasks.
 
@@ -301,15 +305,16 @@ class Bench:
             model.eval()
         self.where, self.notes, self.known = f"{manifest.path} (split {manifest.split})", [], {}
         if not len(manifest):
-            raise ValueError(f"{self.where}: no studies; choose another --split, or write "
+            raise Unmeasurable(f"{self.where}: no studies; choose another --split, or write "
                              '"split": "train", "val" or "test" into each line')
         self.reports, self.negatives, self.pairs, share = [], [], {}, {}
-        rows, official = [], set()
+        rows, official, sets, self.keys = [], set(), set(), []
         self.labels = np.full((len(manifest), len(CONDITIONS)), -1, np.int8)  # -1: not labelled
         for i in range(len(manifest)):
             record = manifest[i]
             labels, targets = record.get("labels"), record.get("targets") or {}
-            self.set = record["id"].split("/")[0]
+            sets.add(record["id"].split("/")[0])
+            self.keys.append(zlib.crc32(record["id"].encode()))
             report = record.get("report") or ""
             self.reports.append(share.setdefault(report, report))  # equal reports share memory
             if labels is not None:  # positive or uncertain counts, as in CheXbert's F1
@@ -323,10 +328,10 @@ class Bench:
                     (i, negative["condition"], negative["report"], negative["omitted"]))
             if record.get("adversarial"):
                 self.pairs[i] = record["adversarial"]
-        names = official or {name for row in rows for name in row}
+        names, self.set = official or {name for row in rows for name in row}, "+".join(sorted(sets))
         classes = [name for name in CONDITIONS if name in names] + sorted(names - {*CONDITIONS})
-        if unknown := [name for name in self.opt.conditions or () if name not in classes]:
-            raise ValueError(f"{self.where}: unknown condition {unknown[0]!r}; expected one of "
+        if unknown := {*(self.opt.conditions or ())} - {*classes, *CONDITIONS}:
+            raise ValueError(f"{self.where}: unknown condition {min(unknown)!r}; expected one of "
                              f"{', '.join(classes)}")
         self.normal = np.array([row.get("No Finding", -1) for row in rows])    # (n,) 1, 0, -1
         self.classes = [name for name in classes if name in (self.opt.conditions or classes)]
@@ -405,8 +410,8 @@ def zero_shot(bench):
     truth, classes = bench.truth, bench.classes
     single = [name for k, name in enumerate(classes) if not {0, 1} <= set(truth[:, k])]
     if len(single) == len(classes):
-        raise ValueError(f"{bench.where}: no class has both positive and negative images; give "
-                         '"targets" of 0 and 1, or label the reports with `python negations.py`')
+        raise Unmeasurable(f"{bench.where}: no class has both positive and negative images; give "
+                           '"targets" of 0 and 1, or label the reports with `python negations.py`')
     if single:
         bench.notes.append(f"one class only, so AUROC and AP are NaN and macro averages leave it "
                            f"out: {', '.join(single)}")
@@ -414,6 +419,7 @@ def zero_shot(bench):
     bench.curves = scores, *_ = positive - negative, truth, classes  # for the figure
     pair = classification(np.subtract(*class_scores(bench, classes, True)), truth, classes)
     every = classification(scores, truth, classes)
+    # ASSUMPTION: Tab. 2's accuracy is the mean over classes, and five-way for CheXpert 5x200.
     columns, headline = {}, "macro accuracy" if bench.set in ACCURACY_SETS else "macro AUROC"
     if {*classes} - {"No Finding"} == FIVE:
         five = np.array([k for k, name in enumerate(classes) if name in FIVE])
@@ -455,8 +461,9 @@ def fit(train, val, rows, names):
     def better():
         with torch.no_grad():
             loss = float(loss_of(val.embed(model).to(device), y_val))
-        return (loss, copy.deepcopy(model) if model is not train.model else model,
-                copy.deepcopy(head)) if loss < best[0] else best
+        if loss >= best[0]:
+            return best
+        return loss, model if model is train.model else copy.deepcopy(model), copy.deepcopy(head)
 
     for l2 in L2_GRID:
         solver = torch.optim.LBFGS(head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
@@ -470,7 +477,7 @@ def fit(train, val, rows, names):
         solver.step(closure)
         best = better()
     if opt.full:
-        head, model = best[2], copy.deepcopy(model)
+        head, model = copy.deepcopy(best[2]), copy.deepcopy(model)
         solver = torch.optim.AdamW([*model.parameters(), *head.parameters()], 5e-5)
     for epoch in range(FULL_EPOCHS if opt.full else 0):
         order = np.random.default_rng((opt.seed, epoch)).permutation(len(rows))
@@ -501,8 +508,8 @@ def fine_tune(bench):
     names = [name for k, name in enumerate(train.classes) if {0, 1} <= set(least[:, k])
              and name in val.classes and name in test.classes]
     if not names:
-        raise ValueError(f"{path}: fine-tune finds no class with positives and negatives among "
-                         f'{len(least)} train rows; raise --fraction, or give them "targets"')
+        raise Unmeasurable(f"{path}: fine-tune finds no class with positives and negatives among "
+                           f'{len(least)} train rows; raise --fraction, or give them "targets"')
     statistics, truth = {}, test.columns(names).numpy()
     for share, rows in chosen.items():
         model, head = fit(train, val, rows, names)
@@ -522,12 +529,14 @@ def retrieval(bench):
     place = {}
     own = torch.tensor([place.setdefault(bench.reports[i], len(place)) for i in rows])  # (n,)
     if len(place) < 2:
-        raise ValueError(f'{bench.where}: retrieval needs at least two different "report" texts')
-    ranks, first = retrieve(bench.images[rows], bench.texts(list(place)), own)
-    ranks, source = ranks.double().numpy(), rows[np.unique(own.numpy(), return_index=True)[1]]
+        raise Unmeasurable(f'{bench.where}: retrieval needs at least two different "report" texts')
+    inputs = bench.images[rows], bench.texts(list(place)), own
+    found = retrieve(*(x.to(_device(bench.model)) for x in inputs))
+    ranks, first = (x.cpu().numpy() for x in found)                            # (n,) each
+    source = rows[np.unique(own.numpy(), return_index=True)[1]]  # a study that has each text
     row, f1 = {"@5": "@5"}, lambda weights: {}
     if bench.labels[rows].min() >= 0:
-        f1 = label_f1(bench.labels[source[first.numpy()]] == 1, bench.labels[rows] == 1)
+        f1 = label_f1(bench.labels[source[first]] == 1, bench.labels[rows] == 1)
         # ASSUMPTION: Tab. 5 does not name its average over labels; the row is micro.
         row |= {"F1": "micro F1", "Recall": "micro recall", "Precision": "micro precision"}
     else:
@@ -543,8 +552,8 @@ def cxr_align(bench):
     """Sec. 5.6, Tab. 6: A, the report r over its negation r^n; B, r over r^r (finding left out)."""
     triples = [entry for entry in bench.negatives if entry[1] in (bench.opt.conditions or entry)]
     if not triples:
-        raise ValueError(f'{bench.where}: no "hard_negatives" of these conditions; make them with '
-                         "`python negations.py IN.jsonl --out OUT.jsonl`")
+        raise Unmeasurable(f'{bench.where}: no "hard_negatives" of the conditions asked for; make '
+                           "them with `python negations.py IN.jsonl --out OUT.jsonl`")
     rows, names, negated, omitted = zip(*triples, strict=True)
     rows, names, images = np.array(rows), np.array(names), bench.images[np.array(rows)]
     own, *others = ((images * bench.texts(texts)).sum(1).numpy() for texts in
@@ -569,12 +578,12 @@ def adversarial(bench):
         if bench.pairs:
             pairs += [(i, *pair) for pair in bench.pairs.get(i, ())]
         elif len(present) and len(absent):
-            key = bench.opt.seed, zlib.crc32(bench.manifest[i]["id"].encode())  # a subset keeps it
-            draw = np.random.default_rng(key).integers((len(present), len(absent)))
+            rng = np.random.default_rng((bench.opt.seed, bench.keys[i]))  # a subset keeps its pairs
+            draw = rng.integers((len(present), len(absent)))
             pairs.append((i, present[draw[0]], absent[draw[1]]))
     if not pairs:
-        raise ValueError(f"{bench.where}: no image has both a present and an absent class; give "
-                         '"targets" of 0 and 1 for two or more classes')
+        raise Unmeasurable(f"{bench.where}: no image has both a present and an absent class; give "
+                           '"targets" of 0 and 1 for two or more classes')
     rows, yes, no = (np.array(part) for part in zip(*pairs, strict=True))
     names = np.unique([yes, no])
     scores = np.subtract(*class_scores(bench, names.tolist()))                 # (n, K)
@@ -592,9 +601,9 @@ def normal_case(bench):
     own, least = [bench.reports[i] for i in rows], max(1, bench.opt.pool)
     pool = sorted({bench.reports[i] for i in np.flatnonzero(bench.normal == 0)} - {*own, ""})
     if not own or len(pool) < least:
-        raise ValueError(f'{bench.where}: normal-case needs a normal study ("No Finding": 1) and '
-                         f"{least} abnormal reports, and has {len(own)} and {len(pool)}: label the "
-                         "reports with `python negations.py`, lower --pool or take --split all")
+        raise Unmeasurable(f'{bench.where}: normal-case needs a normal study ("No Finding": 1) and '
+                           f"{least} abnormal reports, and has {len(own)} and {len(pool)}: run "
+                           "`python negations.py` on it, lower --pool or take --split all")
     order = np.random.default_rng(bench.opt.seed).permutation(len(pool))[:bench.opt.pool or None]
     texts, images = bench.texts([pool[i] for i in order]), bench.images[rows]  # (m, D), (n, D)
     parts = images.split(max(1, CELLS // len(texts)))
@@ -616,8 +625,8 @@ def validate(model, manifest, batch_size=64, workers=0):
                                ("retrieval@5", retrieval, "@5")):
         try:
             result[name] = task(bench)["metrics"][metric]["value"]
-        except ValueError:
-            continue  # no truth or no reports: NaN says so
+        except Unmeasurable:
+            continue  # NaN says so
     return result
 
 
@@ -661,15 +670,6 @@ def details(result):
             chance = "" if metric["chance"] is None else f"  chance {100 * metric['chance']:.3g}"
             lines.append(f"  {name:<42}{value:8.1f}  [{low:.1f}, {high:.1f}]{chance}")
     return "\n".join(lines)
-
-
-def git_revision():
-    """The revision of this code, "-dirty" if it was changed; None without git."""
-    try:
-        return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
-                              capture_output=True, text=True, check=False).stdout.strip() or None
-    except OSError:
-        return None
 
 
 # ---- pictures, drawn by Pillow
@@ -776,19 +776,19 @@ def draw_sheet(bench, count=4):
     return image
 
 
-def save_figures(bench, result, folder, show_reports):
-    """Draw what the tasks left behind, as PNG files."""
-    config, pictures = Path(result["run"]) / "config.json", {}
-    flags = json.loads(config.read_bytes()).get("flags", {}) if config.is_file() else {}
+def save_figures(bench, tasks, run, folder, show_reports):
+    """Draw what the tasks measured and left behind, as PNG files."""
+    pictures, config = {}, Path(run) / "config.json"
     if bench.negatives:
-        taus = DynamicSoftContrastiveLoss().thresholds.items()  # a run's own, else the defaults
-        taus = {name: flags.get(f"tau_{name}", tau) for name, tau in taus}
-        pictures["soft-labels"] = draw_soft_labels(bench, taus)
-    if "zero-shot" in result["tasks"]:
+        flags = json.loads(config.read_bytes()).get("flags", {}) if config.is_file() else {}
+        taus = DynamicSoftContrastiveLoss().thresholds.items()  # the defaults, for other models
+        pictures["soft-labels"] = draw_soft_labels(
+            bench, {name: flags.get(f"tau_{name}", tau) for name, tau in taus})
+    if "zero-shot" in tasks:
         pictures["roc"] = draw_roc(*bench.curves)
-    if "cxr-align" in result["tasks"]:
-        pictures["cxr-align"] = draw_align(result["tasks"]["cxr-align"]["metrics"])
-    if show_reports and "retrieval" in result["tasks"]:
+    if "cxr-align" in tasks:
+        pictures["cxr-align"] = draw_align(tasks["cxr-align"]["metrics"])
+    if show_reports and "retrieval" in tasks:
         pictures["retrieval"] = draw_sheet(bench)
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
@@ -819,35 +819,33 @@ def load_any(path, device):
 def parse(words):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      description=__doc__.split("\n\n")[0])
-    parser.add_argument("run", nargs="?", help="run folder, checkpoint, Hugging Face CLIP folder, "
-                        "or Python file with load()")
-    flag = parser.add_argument_group("data").add_argument
-    flag("--data", metavar="X.jsonl", help="manifest; cxr-align needs one with hard negatives")
-    flag("--split", default="test", choices=(*SPLITS, "all"),
-         help="rows to score, the paper's being test; fine-tune takes all three whatever this says")
-    flag("--image-root", metavar="DIR", help="where the images are, if not where X.jsonl says")
-    flag("--conditions", nargs="+", metavar="NAME", help="only these classes; none means all")
-    flag = parser.add_argument_group("task").add_argument
-    flag("--task", default="all", choices=(*TASKS, "all"),
-         help="all does whatever X.jsonl allows and says why it skips the rest")
-    flag("--pool", type=int, default=0,
-         help="normal-case: number of abnormal reports, 0 for all; the paper's is 2999")
-    flag("--fraction", type=float, nargs="+", default=OPTIONS["fraction"],
-         help="fine-tune: shares of the training patients; the paper's are 0.1 and 1")
-    flag("--full", action="store_true",
-         help="fine-tune: train the image encoder, not just a linear probe; wants a GPU")
-    flag = parser.add_argument_group("run").add_argument
-    flag("--compare", nargs="+", metavar="JSON", help="print the tables of these result files")
-    flag("--out", metavar="JSON", help="result file; if not given, results-TASK-SET-SPLIT.json in "
-         "RUN, where that is a run folder")
-    flag("--figures", metavar="DIR", help="draw ROC curves, CXR-Align bars, soft labels there")
-    flag("--show-reports", action="store_true",
-         help="with --figures: a retrieval sheet too, which shows images and report text")
-    flag("--batch-size", type=int, default=64, help="items at once; lower it if memory runs out")
-    flag("--workers", type=int, default=2, help="processes that read images; free cores at most")
-    flag("--seed", type=int, default=0, help="of resamples, pools, pairs and fractions")
-    flag("--resamples", type=int, default=1000, help="bootstrap resamples for the intervals")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("run", nargs="?",
+                        help="run folder, checkpoint, Hugging Face CLIP, or .py file with load()")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", metavar="X.jsonl", help="manifest; cxr-align needs one with hard negatives")
+    add("--split", default="test", choices=(*SPLITS, "all"),
+        help="rows to score, in the paper test; fine-tune uses all three whatever this says")
+    add("--image-root", metavar="DIR", help="where the images are, if not where X.jsonl says")
+    add("--conditions", nargs="+", metavar="NAME", help="only these classes; None means all")
+    add = parser.add_argument_group("task").add_argument
+    add("--task", default="all", choices=(*TASKS, "all"), help="all: whatever X.jsonl allows")
+    add("--pool", type=int, default=0, help="normal-case: abnormal reports, 0 for all; paper 2999")
+    add("--fraction", type=float, nargs="+", default=OPTIONS["fraction"],
+        help="fine-tune: shares of the training patients; the paper's are 0.1 and 1")
+    add("--full", action="store_true",
+        help="fine-tune: train the image encoder, not just a linear probe; wants a GPU")
+    add = parser.add_argument_group("run").add_argument
+    add("--compare", nargs="+", metavar="JSON", help="print the tables of these result files")
+    add("--out", metavar="JSON",
+        help="result file; None: results-TASK-SET-SPLIT.json in RUN, where that is a run folder")
+    add("--figures", metavar="DIR", help="draw ROC curves, CXR-Align bars and soft labels there")
+    add("--show-reports", action="store_true",
+        help="with --figures: a retrieval sheet too, which shows images and report text")
+    add("--batch-size", type=int, default=64, help="items at once; lower it if memory runs out")
+    add("--workers", type=int, default=2, help="processes that read images; free cores at most")
+    add("--seed", type=int, default=0, help="of resamples, pools, pairs and fractions")
+    add("--resamples", type=int, default=1000, help="bootstrap resamples for the intervals")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(words)
     if not args.compare and not (args.run and args.data):
         parser.error("expected RUN and --data X.jsonl, or --compare A.json B.json ...")
@@ -876,21 +874,26 @@ def main(argv=None):
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if cuda else "gloo")
     args.progress = not dist.is_initialized() or dist.get_rank() == 0
-    bench = Bench(load_any(args.run, args.device), Manifest(args.data, args.split, args.image_root),
+    manifest = Manifest(args.data, args.split, args.image_root)
+    bench = Bench(load_any(args.run, args.device), manifest,
                   **{name: getattr(args, name) for name in OPTIONS})
     versions = {module.__name__: module.__version__
                 for module in (np, PIL, torch, torchvision, transformers)}
+    here = shlex.quote(str(Path(__file__).resolve().parent))
+    git = subprocess.getoutput(f"git -C {here} describe --always --dirty 2>/dev/null") or None
     result = {"model": Path(args.run).resolve().name, "run": args.run, "set": bench.set,
               "split": args.split, "command": shlex.join(["python", "evaluate.py", *words]),
-              "seed": args.seed, "resamples": args.resamples, "git": git_revision(),
+              "seed": args.seed, "resamples": args.resamples, "git": git,
               "versions": {"python": sys.version.split()[0], **versions}, "tasks": {}}
     for task in TASKS if args.task == "all" else [args.task]:
         try:
             result["tasks"][task] = TASKS[task](bench)
-        except ValueError as error:
+        except Unmeasurable as error:
             if args.task != "all":
                 raise
             bench.notes.append(f"skipped {task}: {error}")
+    if not result["tasks"]:
+        raise Unmeasurable("; ".join(bench.notes))
     result["notes"] = bench.notes
     if args.progress:  # rank 0
         finish(bench, result, args)
@@ -903,7 +906,7 @@ def finish(bench, result, args):
     notes = [f"note: {note}" for note in bench.notes]
     print(details(result), *notes, "", table([result]), sep="\n")
     if args.figures:
-        save_figures(bench, result, args.figures, args.show_reports)
+        save_figures(bench, result["tasks"], args.run, args.figures, args.show_reports)
     run, out = Path(args.run), args.out
     if not out and any((run / name).is_file() for name in ("best.pt", "last.pt")):
         out = run / f"results-{args.task}-{bench.set}-{args.split}.json"

@@ -1,6 +1,6 @@
-"""The part "data" of the benchmark: reading speed as ratios in one run, and a manifest of 400,000 lines.
+"""The part "data" of the benchmark: reading speed as ratios, a manifest of 400,000 lines.
 
-    python tests/benchmark_data.py [images|manifest|phantom]...     about 5 minutes and 4 GB of disk in all
+    python tests/benchmark_data.py [images|manifest|phantom]...    2 minutes and 4 GB of disk
 
 SPDX-License-Identifier: MIT
 """
@@ -65,11 +65,17 @@ def images(folder):
     full = seconds(lambda p: pixels(read_image(p), SIZE), paths[0], 1)
     draft = seconds(lambda p: pixels(read_image(p, at_least=SIZE * 5 // 4), SIZE), paths[0])
     cached = seconds(lambda p: pixels(read_image(p, at_least=SIZE * 5 // 4), SIZE), paths[1])
-    print(f"full decode {full * 1e3:.1f} ms, scaled decode {draft * 1e3:.1f}, cached {cached * 1e3:.2f}: "
-          f"full/scaled {full / draft:.1f} (>= 3), scaled/cached {draft / cached:.1f} (>= 5), "
-          f"full/cached {full / cached:.1f} (>= 15)")
-    grey = [np.abs(pixels(read_image(a), SIZE).astype(int) - pixels(read_image(a, at_least=280), SIZE)).mean()
-            for a in paths[0]]
+    print(
+        f"full decode {full * 1e3:.1f} ms, scaled {draft * 1e3:.1f}, cached {cached * 1e3:.2f}: "
+        f"full/scaled {full / draft:.1f} (>= 3), scaled/cached {draft / cached:.1f} (>= 5), "
+        f"full/cached {full / cached:.1f} (>= 15)"
+    )
+    grey = [
+        np.abs(
+            pixels(read_image(a), SIZE).astype(int) - pixels(read_image(a, at_least=280), SIZE)
+        ).mean()
+        for a in paths[0]
+    ]
     print(f"scaled against full decode: {np.mean(grey):.2f} grey levels on average (<= 2)")
     studies = Studies(small, image_size=SIZE, tokenize=tokenize, negatives=False, graphs=False)
 
@@ -82,14 +88,19 @@ def images(folder):
         one = seconds(bare, paths[1] * 4)
         whole = seconds(lambda i: studies[(0, i)], list(range(count)) * 4)
         ratios.append(whole / one)
-    print(f"a sample from the cache {whole * 1e3:.2f} ms, bare decode + resize + to-tensor {one * 1e3:.2f} ms: "
-          f"{np.median(ratios):.2f} times (<= 1.3)")
+    print(
+        f"a cached sample {whole * 1e3:.2f} ms, bare decode + resize + to-tensor {one * 1e3:.2f}: "
+        f"{np.median(ratios):.2f} times (<= 1.3)"
+    )
 
 
 def memory():
-    """Proportional resident memory of this process and its children in MB (shared pages counted once)."""
+    """Resident MB of this process and its children, shared pages counted once."""
     total = 0
-    pids = [str(os.getpid()), *Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()]
+    pids = [
+        str(os.getpid()),
+        *Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split(),
+    ]
     for pid in pids:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             total += int(line.split()[1]) if line.startswith("Pss:") else 0
@@ -99,6 +110,7 @@ def memory():
 def manifest(folder, lines=400_000):
     """400,000 studies with graphs and two hard negatives each, some 3 GB."""
     from negations import annotate
+
     raw = Manifest(make_phantom(folder / "p", studies=400, size=64, seed=0, normal_fraction=0.1))
     rows = [annotate(raw[i]) for i in range(len(raw))]
     rows = [json.dumps(row | {"filler": "x" * max(0, 7500 - len(json.dumps(row)))}) for row in rows]
@@ -112,11 +124,18 @@ def manifest(folder, lines=400_000):
     indexed, start = time.perf_counter() - start, time.perf_counter()
     large = Manifest(path, "train")
     opened = time.perf_counter() - start
-    print(f"{path.stat().st_size / 1e9:.1f} GB, {lines:,} lines: indexed in {indexed:.0f} s, "
-          f"opened in {opened:.2f} s (<= 5)")
+    print(
+        f"{path.stat().st_size / 1e9:.1f} GB, {lines:,} lines: indexed in {indexed:.0f} s, "
+        f"opened in {opened:.2f} s (<= 5)"
+    )
     studies = Studies(large, image_size=64, tokenize=tokenize, negatives=True, graphs=True)
-    loader = DataLoader(studies, batch_sampler=GlobalBatches(len(studies), 128, 0, 0), num_workers=4,
-                        collate_fn=studies.collate, worker_init_fn=start_worker)
+    loader = DataLoader(
+        studies,
+        batch_sampler=GlobalBatches(len(studies), 128, 0, 0),
+        num_workers=4,
+        collate_fn=studies.collate,
+        worker_init_fn=start_worker,
+    )
     for k, _ in enumerate(loader):
         if k == 200:
             print(f"with 4 workers: {memory() - before:.0f} MB above the imports (<= 200)")

@@ -1,0 +1,591 @@
+"""negations.py: labels, clean reports, hard negatives and graphs (Sec. 3, Sec. 4.1, Fig. 2).
+
+    python tests/test_negations.py      prints what is measured on OpenI, with the README's table
+
+All sentences here are made up. The tests on OpenI's reports skip where ../shared/data is absent.
+
+SPDX-License-Identifier: MIT
+"""
+import csv
+import hashlib
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import negations as N  # noqa: E402
+
+OPENI = Path(__file__).resolve().parents[2] / "shared/data/openi"
+needs_openi = pytest.mark.skipif(not OPENI.is_dir(), reason=f"OpenI's reports are not in {OPENI}")
+E, C, LO, LL, ED, CO, PN, AT, PT, PE, PO, FR, SD, NF = N.CONDITIONS
+
+SAYS = [  # report, its labels; No Finding follows from them unless given
+    ("No change in the effusion.", {PE: 1}),
+    ("No significant interval change in the size of the right pleural effusion.", {PE: 1}),
+    ("Effusion without significant change.", {PE: 1}),
+    ("No increase in the pleural effusion.", {PE: 1}),
+    ("Right upper lobe mass, not significantly changed.", {LL: 1}),
+    ("Cannot exclude pneumonia.", {PN: -1}),
+    ("Pneumonia can not be entirely ruled out.", {PN: -1}),
+    ("Superimposed pneumonia is not excluded.", {PN: -1}),
+    ("There is atelectasis at the left base; however, pneumonia cannot be excluded.", {AT: 1, PN: -1}),
+    ("The effusion is no longer seen.", {PE: 0}),
+    ("The pneumothorax has resolved.", {PT: 0}),
+    ("Interval resolution of the right pleural effusion.", {PE: 0}),
+    ("Near complete resolution of the effusion.", {PE: 1}),
+    ("Edema has improved but has not resolved.", {ED: 1}),
+    ("Resolving pneumonia.", {PN: 1}),
+    ("The endotracheal tube has been removed.", {SD: 0}),
+    ("No pneumothorax, effusion or consolidation.", {PT: 0, PE: 0, CO: 0}),
+    ("No focal consolidation, large pleural effusion or pneumothorax.", {CO: 0, PE: 0, PT: 0}),
+    ("No focal consolidation, small left effusion.", {CO: 0, PE: 1}),
+    ("No pneumothorax, stable cardiomegaly.", {PT: 0, C: 1}),
+    ("No pneumothorax but there is a small effusion.", {PT: 0, PE: 1}),
+    ("No effusion and the heart is enlarged.", {PE: 0, C: 1}),
+    ("No pneumothorax with mild atelectasis.", {PT: 0, AT: 1}),
+    ("Neither effusion nor pneumothorax is seen.", {PE: 0, PT: 0}),
+    ("Pleural effusion or pneumothorax is not identified.", {PE: 0, PT: 0}),
+    ("The lungs do not demonstrate focal consolidation or effusion.", {CO: 0, PE: 0}),
+    ("Heart size is normal.", {C: 0}),
+    ("The heart is not enlarged.", {C: 0}),
+    ("The heart is mildly enlarged.", {C: 1}),
+    ("Heart size is upper limits of normal.", {C: 0}),
+    ("Borderline heart size.", {C: -1}),
+    ("Enlarged heart with normal mediastinum.", {C: 1, E: 0}),
+    ("Heart size and mediastinal contours are normal.", {C: 0, E: 0}),
+    ("The mediastinum is widened.", {E: 1}),
+    ("There are no XXXX of a pleural effusion.", {PE: 0}),
+    ("Pulmonary oedema and a haemothorax.", {ED: 1, PE: 1}),
+    ("A small tumour is seen.", {LL: 1}),
+    ("Not only pneumonia but also effusion.", {PN: 1, PE: 1}),
+    ("Atelectasis rather than pneumonia.", {AT: 1, PN: 0}),
+    ("Left basilar opacity may represent atelectasis or pneumonia.", {LO: 1, AT: -1, PN: -1}),
+    ("Atelectasis versus consolidation.", {AT: -1, CO: -1}),
+    ("Hydropneumothorax on the right.", {PT: 1, PE: 1}),
+    ("Mild cardiomegaly without edema.", {C: 1, ED: 0}),
+    ("Recommend chest CT to look for a small nodule.", {}),
+    ("The nodule is not seen on the prior study.", {LL: 1}),
+    ("Pericardial effusion.", {NF: None}), ("Calcified granuloma.", {NF: None}),
+    ("Mild scoliosis.", {NF: None}), ("Hiatal hernia.", {NF: None}),
+    ("The aorta is tortuous.", {NF: None}), ("Degenerative changes of the spine.", {NF: None}),
+    ("No acute cardiopulmonary process.", {NF: 1}), ("Chest tube in place.", {SD: 1, NF: 1}),
+    ("", {NF: None}),
+]
+
+
+@pytest.mark.parametrize(("report", "labels"), SAYS)
+def test_the_rules_read_a_sentence_as_a_radiologist_would(report, labels):
+    abnormal = any(v for c, v in labels.items() if c not in (SD, NF))
+    want = {NF: None if abnormal else 1} | labels
+    assert N.label_report(report) == {c: v for c, v in want.items() if v is not None}
+
+
+def test_conditions_are_in_chexberts_order_and_positives_leave_no_finding_out():
+    assert (len(N.CONDITIONS), N.CONDITIONS[0], N.CONDITIONS[-1]) == (14, E, "No Finding")
+    assert N.positives({NF: 1, PE: 1, E: 1, ED: -1, PT: 0}) == [E, PE]
+
+
+@pytest.mark.parametrize(("report", "sentences"), [
+    ("No pneumothorax or effusion.", ["No pneumothorax.", "No effusion."]),
+    ("Cardiomegaly, edema, and effusions are present.",
+     ["Cardiomegaly is present.", "Edema is present.", "Effusions are present."]),
+    ("The lungs are clear without consolidation, effusion, or pneumothorax.",
+     ["The lungs are clear.", "No consolidation.", "No effusion.", "No pneumothorax."]),
+    ("Heart size and mediastinal contours are normal.",
+     ["Heart size is normal.", "Mediastinal contours are normal."]),
+    ("1. Possible atelectasis or pneumonia. 2. A 1.5 cm nodule.",
+     ["Possible atelectasis.", "Possible pneumonia.", "A 1.5 cm nodule."]),
+    ("Hyperinflation consistent with emphysema.", ["Hyperinflation consistent with emphysema."]),
+])
+def test_lists_are_split_into_one_entity_a_sentence(report, sentences):
+    assert N.split_sentences(report) == sentences
+    assert N.label_report(" ".join(sentences)) == N.label_report(report)
+
+
+@pytest.mark.parametrize(("report", "cleaned"), [
+    ("Stable mild cardiomegaly.", "Mild cardiomegaly."),
+    ("No new effusion.", "No effusion."),
+    ("Compared to prior, no change. Small effusion.", "Small effusion."),
+    ("The effusion is unchanged, and there is no pneumothorax.",
+     "The effusion, and there is no pneumothorax."),
+    ("In comparison with the prior study, there is a new small left effusion.",
+     "There is a small left effusion."),
+    ("The right effusion has increased in size since the prior exam.", "The right effusion."),
+    ("The PICC line has been removed.", "No PICC line."),
+    ("Pneumothorax is no longer seen.", "No pneumothorax."),
+    ("No change in the effusion.", "Effusion."),
+    ("Stable chest. Comparison is made to the prior study dated XXXX.", ""),
+    ("The mediastinum is stable. Lungs are clear.", "Lungs are clear."),
+])
+def test_comparison_with_priors_goes_and_the_finding_stays(report, cleaned):
+    assert N.remove_temporal(report) == cleaned
+    drop = {NF} if not cleaned else set()
+    assert {c: v for c, v in N.label_report(report).items() if c not in drop} == N.label_report(cleaned)
+
+
+REPORT = ("Mild cardiomegaly. Left basilar opacity consistent with atelectasis. Small left effusion. "
+          "Right chest tube. No pneumothorax.")
+
+
+@pytest.mark.parametrize("condition", [C, LO, AT, PE, SD])
+def test_a_hard_negative_denies_one_condition_and_keeps_the_others(condition):
+    others = [c for c in N.positives(N.label_report(REPORT)) if c != condition]
+    assert len(others) == 4
+    for seed in range(20):
+        omitted, denied = N.negate(REPORT, condition, random.Random(seed))
+        assert omitted == N.omit(REPORT, condition) and omitted != REPORT
+        assert condition not in N.label_report(omitted)
+        assert N.label_report(denied)[condition] == 0
+        assert N.positives(N.label_report(omitted)) == N.positives(N.label_report(denied)) == others
+    # negative control: the same checks see that the report itself is no hard negative
+    assert N.label_report(REPORT)[condition] == 1
+
+
+@pytest.mark.parametrize("condition", N.CONDITIONS[:-1])
+def test_every_phrasing_of_a_denial_is_read_as_a_denial_of_that_condition_alone(condition):
+    texts = {N.negate("", condition, random.Random(seed))[1] for seed in range(300)}
+    assert len(texts) >= len(N.TEMPLATES)
+    for text in texts:
+        assert N.label_report(text) == {condition: 0, NF: 1}, text
+
+
+def test_an_omission_that_leaves_nothing_gives_a_sentence_without_findings():
+    omitted, denied = N.negate("Cardiomegaly.", C, random.Random(0))
+    assert omitted == N.NOTHING_LEFT and N.mentions(omitted) == ()
+    assert N.NOTHING_LEFT not in denied and N.label_report(denied)[C] == 0
+    with pytest.raises(ValueError, match="No Finding"):
+        N.negate("Lungs are clear.", NF, random.Random(0))
+
+
+def test_annotate_is_a_pure_function_of_seed_and_id():
+    record = {"id": "x/1", "report": "Stable " + REPORT[0].lower() + REPORT[1:], "site": "kept"}
+    before = json.dumps(record)
+    a, b = N.annotate(record), N.annotate(record)
+    assert a == b and json.dumps(record) == before and a["site"] == "kept"
+    assert a["report"] == REPORT and a["original_report"] == record["report"]
+    assert N.annotate(a) == a  # a second pass starts from the original
+    assert sorted(n["condition"] for n in a["hard_negatives"]) == sorted(N.positives(a["labels"]))
+    firsts = {N.annotate(record | {"id": f"x/{i}"})["hard_negatives"][0]["condition"] for i in range(40)}
+    assert firsts == set(N.positives(a["labels"]))
+    places = Counter(n["position"] for i in range(40)
+                     for n in N.annotate(record, seed=i)["hard_negatives"])
+    assert set(places) == {"beginning", "middle", "end"} and min(places.values()) > 40
+
+
+def test_positions_are_where_they_say():
+    for i in range(60):
+        for negative in N.annotate({"id": str(i), "report": REPORT})["hard_negatives"]:
+            sentences = re.split(r"(?<=\.) ", negative["report"])
+            at = [k for k, s in enumerate(sentences) if N.label_report(s).get(negative["condition"]) == 0]
+            place = {0: "beginning", len(sentences) - 1: "end"}.get(at[0], "middle")
+            assert len(at) == 1 and negative["position"] == place
+
+
+def test_labels_of_a_hard_negative_are_the_reports_with_one_zero():
+    record = N.annotate({"id": "1", "report": "Cardiomegaly. Chest tube."})
+    labels = {n["condition"]: n["labels"] for n in record["hard_negatives"]}
+    assert labels[C] == {C: 0, SD: 1, NF: 1}  # devices are no abnormality
+    assert labels[SD] == {C: 1, SD: 0}
+    record = N.annotate({"id": "1", "report": "Cardiomegaly. Calcified granuloma."})
+    assert record["hard_negatives"][0]["labels"] == {C: 0}  # the granuloma remains
+    record = N.annotate({"id": "1", "report": "Cardiomegaly."}, label=lambda text: {C: 1, PN: -1, PE: 1})
+    assert [n["labels"] for n in record["hard_negatives"]] == [{C: 0, PN: -1, PE: 1}]  # no PE in it
+    assert N.annotate({"id": "1", "report": "Lungs are clear."})["hard_negatives"] == []
+
+
+# ---- graphs
+def entities(graph):
+    words = graph["text"].split(" ")
+    for e in graph["entities"].values():
+        assert e["tokens"] == " ".join(words[e["start_ix"]:e["end_ix"] + 1])
+        assert all(target in graph["entities"] for _, target in e["relations"])
+    return {(e["tokens"], e["label"]): {(r, graph["entities"][t]["tokens"]) for r, t in e["relations"]}
+            for e in graph["entities"].values()}
+
+
+def test_a_rule_graph_follows_radgraphs_schema():
+    graph = entities(N.annotate({"id": "1", "report": (
+        "There is a small left pleural effusion. Patchy opacity in the right lower lobe suggestive of "
+        "pneumonia. No pneumothorax. The heart is mildly enlarged.")})["graph"])
+    assert graph["small", "OBS-DP"] == {("modify", "effusion")}
+    assert graph["left", "ANAT-DP"] == {("modify", "pleural")}
+    assert graph["effusion", "OBS-DP"] == {("located_at", "pleural")}
+    assert graph["right", "ANAT-DP"] == {("modify", "lower")}
+    assert ("suggestive_of", "pneumonia") in graph["opacity", "OBS-DP"]
+    assert ("located_at", "lobe") in graph["opacity", "OBS-DP"]
+    assert ("pneumonia", "OBS-U") in graph and ("pneumothorax", "OBS-DA") in graph
+    assert graph["mildly", "OBS-DP"] == {("modify", "enlarged")}
+    assert graph["enlarged", "OBS-DP"] == {("located_at", "heart")}
+
+
+def test_the_graph_of_a_hard_negative_is_the_reports_without_the_condition_plus_its_absence():
+    record = N.annotate({"id": "1", "report": "Small left pleural effusion. The heart is normal."})
+    graph = entities(record["hard_negatives"][0]["graph"])
+    assert set(graph) == {("heart", "ANAT-DP"), ("normal", "OBS-DP"), ("pleural effusion", "OBS-DA")}
+    assert ("effusion", "OBS-DP") in entities(record["graph"])  # negative control: r keeps it
+
+
+XL = {"text": "small pleural effusion . heart normal", "entities": {
+    "1": {"tokens": "small", "label": "Observation::definitely present", "start_ix": 0, "end_ix": 0,
+          "relations": [["modify", "3"]]},
+    "2": {"tokens": "pleural", "label": "Anatomy::definitely present", "start_ix": 1, "end_ix": 1,
+          "relations": []},
+    "3": {"tokens": "effusion", "label": "Observation::definitely present", "start_ix": 2, "end_ix": 2,
+          "relations": [["located_at", "2"]]},
+    "4": {"tokens": "normal", "label": "Observation::definitely present", "start_ix": 5, "end_ix": 5,
+          "relations": []}}, "data_source": None, "data_split": "inference"}
+
+
+def test_given_graphs_keep_their_style_and_are_not_replaced():
+    record = N.annotate({"id": "1", "report": "Pleural effusion. Heart normal."}, graph=XL)
+    assert record["graph"] == XL
+    edited = record["hard_negatives"][0]["graph"]
+    assert set(entities(edited)) == {("normal", "Observation::definitely present"),
+                                     ("pleural effusion", "Observation::definitely absent")}
+    assert N.annotate({"id": "1", "report": "Effusion.", "graph": XL})["graph"] == XL
+    assert N.annotate({"id": "1", "report": "Effusion."})["graph"]["data_source"] == "rules"
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def run(*args, **kwargs):
+    command = [sys.executable, str(ROOT / "negations.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, **kwargs)
+
+
+def read(path):
+    return [record for _, record in N.read_jsonl(path)]
+
+
+@pytest.mark.parametrize("key", ["p10/p10000001/s51234567.txt", "1"])
+def test_radgraph_files_are_matched_by_study_or_by_line(tmp_path, capsys, key):
+    records = [{"id": "mimic/59999999", "report": "Effusion."},
+               {"id": "mimic/51234567", "report": "Effusion."},
+               {"id": "mimic/abc", "report": "Effusion.", "image": "files/p1/s51234567/abc.jpg"}]
+    graphs = tmp_path / "graphs.json"
+    graphs.write_text(json.dumps({"p10/p1/s50000000.txt": XL | {"text": "a b"}, key: XL}, indent=1))
+    source = write(tmp_path / "in.jsonl", records)
+    N.main([str(source), "--out", str(tmp_path / "out.jsonl"), "--graphs", str(graphs), "--workers", "1"])
+    found = [r["graph"] == XL for r in read(tmp_path / "out.jsonl")]
+    assert found == ([False, True, True] if "/" in key else [False, True, False])
+    missing = found.count(False)
+    assert f"graphs: not in the file, made by rule{missing:25d}" in capsys.readouterr().out
+    graphs.write_text('{"p10/p10000001/s51234567.txt": {"text": 5, "entities": {}}}')
+    with pytest.raises(ValueError, match="graphs.json: expected a RadGraph record at byte"):
+        N.main([str(source), "--out", str(tmp_path / "x.jsonl"), "--graphs", str(graphs), "--workers", "1"])
+
+
+# ---- files
+REPORTS = [REPORT, "Lungs are clear.", "", "Stable cardiomegaly. Small effusion.", "No pneumothorax."]
+
+
+def manifest(path, studies=300):
+    return write(path, [{"id": f"made/{i}", "report": REPORTS[i % 5] + f" Clip {i}."} for i in range(studies)])
+
+
+def test_output_is_byte_identical_for_any_number_of_workers(tmp_path):
+    source = manifest(tmp_path / "in.jsonl")
+    outputs = []
+    for workers in (1, 3):
+        done = run(source, "--out", tmp_path / f"{workers}.jsonl", "--workers", workers)
+        assert done.returncode == 0, done.stderr
+        outputs.append((tmp_path / f"{workers}.jsonl").read_bytes())
+    assert outputs[0] == outputs[1] and outputs[0].count(b"\n") == 300
+    run(source, "--out", tmp_path / "seed.jsonl", "--seed", "1", "--workers", 1)
+    assert (tmp_path / "seed.jsonl").read_bytes() != outputs[0]  # negative control
+    assert "studies" in done.stdout and "Clip" not in done.stdout + done.stderr  # no report text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1.jsonl", "3.jsonl", "in.jsonl", "seed.jsonl"]
+
+
+def test_an_interrupted_run_continues_or_says_why_not(tmp_path, monkeypatch):
+    source, out = manifest(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
+    arguments = [str(source), "--out", str(out), "--workers", "1"]
+    real, calls = N._chunk, []
+
+    def stops(lines):
+        calls.append(len(lines))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(lines)
+    monkeypatch.setattr(N, "_chunk", stops)
+    with pytest.raises(KeyboardInterrupt):
+        N.main(arguments)
+    part = Path(f"{out}.part")
+    assert not out.exists() and part.read_bytes().count(b"\n") == 128
+    with open(part, "ab") as file:
+        file.write(b'{"id": "cut sho')  # as a kill leaves it
+    with pytest.raises(ValueError, match="other seed"):
+        N.main([*arguments, "--seed", "5"])
+    calls[:] = [0, 0, 0]
+    N.main(arguments)
+    assert sum(calls) == 300 - 128 and not part.exists()
+    N.main([str(source), "--out", str(tmp_path / "whole.jsonl"), "--workers", "1"])
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_mistakes_name_file_and_line_and_show_no_report(tmp_path):
+    good = json.dumps({"id": "1", "report": "SECRET effusion."})
+    for bad, expected in [("{SECRET", "JSON object"), ('["SECRET"]', "JSON object"),
+                          ('{"id": 5, "report": "SECRET"}', "strings id and report"),
+                          ('{"id": "1"}', "strings id and report")]:
+        source = tmp_path / "in.jsonl"
+        source.write_text(f"{good}\n\n{bad}\n")
+        done = run(source, "--out", tmp_path / "out.jsonl", "--workers", 2)
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {source}:3: expected")
+        assert expected in done.stderr and "SECRET" not in done.stderr and done.stderr.count("\n") == 1
+        os.remove(tmp_path / "out.jsonl.part.json")
+    source.write_bytes(b'{"id": "\xff"}\n')
+    with pytest.raises(ValueError, match="in.jsonl:1: expected one JSON object in UTF-8"):
+        list(N.read_jsonl(source))
+    done = run(tmp_path / "none.jsonl", "--out", tmp_path / "out.jsonl")
+    assert done.returncode == 2 and "none.jsonl" in done.stderr
+
+
+def test_labels_of_the_manifest_can_be_given(tmp_path, capsys):
+    source = write(tmp_path / "in.jsonl", [
+        {"id": "1", "report": "Cardiomegaly. Effusion.", "labels": {C: 1, PN: 1}}])
+    out = tmp_path / "out.jsonl"
+    N.main([str(source), "--out", str(out), "--labeler", "given", "--workers", "1"])
+    record = read(out)[0]
+    assert record["labels"] == {C: 1, PN: 1}
+    assert [(n["condition"], n["labels"]) for n in record["hard_negatives"]] == [(C, {C: 0, PN: 1})]
+    assert "skipped: positive condition not found in the text      " in capsys.readouterr().out
+    write(source, [{"id": "1", "report": "Cardiomegaly.", "labels": {"Heart": 1}}])
+    with pytest.raises(ValueError, match="in.jsonl:1: --labeler given expects"):
+        N.main([str(source), "--out", str(out), "--labeler", "given", "--workers", "1"])
+
+
+def test_open_atomic_leaves_the_old_file_if_anything_fails(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), N.open_atomic(path) as file:
+        file.write("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with N.open_atomic(path) as file:
+        file.write("new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+# ---- models
+@pytest.fixture(scope="module")
+def chexbert(tmp_path_factory):
+    """A randomly initialised checkpoint with the published one's keys: (path, its parameters)."""
+    import torch
+    from transformers import BertConfig, BertModel
+    folder = tmp_path_factory.mktemp("chexbert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "no", "pneumo", "##thorax", "effusion", "."]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    torch.manual_seed(0)
+    bert = BertModel(BertConfig(
+        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=1,
+        intermediate_size=32, max_position_embeddings=24))
+    heads = torch.nn.ModuleList(torch.nn.Linear(64, n) for n in [4] * 13 + [2])
+    state = {f"module.bert.{k}": v for k, v in bert.state_dict().items()}
+    state |= {f"module.linear_heads.{k}": v for k, v in heads.state_dict().items()}
+    state["module.bert.embeddings.position_ids"] = torch.arange(24)[None]
+    path = folder / "chexbert.pth"
+    torch.save({"epoch": 3, "model_state_dict": state, "optimizer_state_dict": {}}, path)
+    return path, state, bert.eval(), heads
+
+
+def test_chexbert_gives_the_argmax_of_each_head_whatever_the_batch(chexbert):
+    import torch
+    path, _, bert, heads = chexbert
+    texts = ["No pneumothorax.", "", "Effusion " * 50, "effusion . no", "no no no"]
+    labels = N.CheXbert(path, batch_size=2)(texts)
+    assert labels == N.CheXbert(path, batch_size=1)(texts) and len(labels) == 5
+    ids = torch.tensor([[2, 5, 6, 7, 9, 3]])  # [CLS] no pneumo ##thorax . [SEP]
+    with torch.inference_mode():
+        cls = bert(ids).last_hidden_state[:, 0]
+        classes = [int(head(cls).argmax()) for head in heads]
+    meaning = {1: 1, 2: 0, 3: -1}  # 0 is blank
+    assert labels[0] == {c: meaning[k] for c, k in zip(N.CONDITIONS, classes, strict=True) if k}
+    assert len(set(map(str, labels))) > 1  # negative control: the text matters
+
+
+@pytest.mark.parametrize("fault", ["missing", "unknown", "shape", "pickle", "tokenizer"])
+def test_chexbert_is_strict_about_its_checkpoint(chexbert, tmp_path, monkeypatch, fault):
+    import torch
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    path, state, *_ = chexbert
+    state, bad = dict(state), tmp_path / "bad.pth"
+    if fault == "missing":
+        del state["module.linear_heads.13.bias"]
+    if fault == "unknown":
+        state["module.extra"] = torch.zeros(1)
+    if fault == "shape":
+        state["module.linear_heads.0.bias"] = torch.zeros(5)
+    torch.save({"model_state_dict": state if fault != "pickle" else os.system}, bad)
+    if fault != "tokenizer":
+        (tmp_path / "vocab.txt").write_bytes((path.parent / "vocab.txt").read_bytes())
+    with pytest.raises(ValueError, match="vocab.txt" if fault == "tokenizer" else "CheXbert's weights"):
+        N.CheXbert(bad)
+
+
+def scripted(answers):
+    return lambda prompts: [answers.pop(0) for _ in prompts]
+
+
+@pytest.mark.parametrize(("clean", "omitted", "taken"), [
+    ("Cardiomegaly.\nThere is a small effusion.", "Cardiomegaly.", (1, 1)),
+    ("- Cardiomegaly.", "Cardiomegaly.", (0, 1)),                              # a finding is lost
+    ("Cardiomegaly. Small effusion. Pneumonia.", "Cardiomegaly.", (0, 1)),     # one is invented
+    ("Cardiomegaly. Small left effusion.", "Cardiomegaly.", (0, 1)),           # so is a side
+    ("Sure! I cannot help.", "Cardiomegaly. Small effusion.", (0, 0)),         # nothing is omitted
+    ("Cardiomegaly. Small effusion.", "No cardiomegaly.", (1, 0)),             # another is denied
+])
+def test_a_models_edits_are_checked_and_fall_back_to_the_rules(clean, omitted, taken):
+    stats, record = Counter(), {"id": "1", "report": "Stable cardiomegaly. Small effusion."}
+    labeler = lambda records, texts: [{PE: 1} for _ in texts]  # noqa: E731
+    out = N._annotate([record], 0, labeler, [None], scripted([clean, omitted]), stats)[0]
+    assert (stats["clean-up: by the model"], stats["omission: by the model"]) == taken
+    assert stats["clean-up: fell back to the rules"] == 1 - taken[0]
+    assert N.label_report(out["report"]) == {C: 1, PE: 1}
+    assert ("There is a" in out["report"]) == ("There is a" in clean)
+    assert out["hard_negatives"][0]["omitted"] == "Cardiomegaly."
+
+
+def test_the_code_calls_no_cloud():
+    code = (ROOT / "negations.py").read_text()
+    assert not re.search(r"https?://|\burllib|\brequests\b|\bsocket\b|api_key", code)
+
+
+# ---- OpenI: what is measured on real reports
+SHARED = {  # condition: its columns of the human MeSH table
+    AT: ["Atelectasis"], C: ["Cardiomegaly"], PE: ["Effusion"], LL: ["Mass", "Nodule"], PN: ["Pneumonia"],
+    PT: ["Pneumothorax"], CO: ["Consolidation"], ED: ["Edema"], PO: ["Pleural Thickening"], NF: ["normal"]}
+
+
+def openi():
+    """OpenI's studies: (uid, findings + impression, MeSH row, public labeler's row)."""
+    def table(name):
+        with open(OPENI / name, encoding="utf-8-sig", newline="") as file:
+            return {row["uid"]: row for row in csv.DictReader(file)}
+    mesh, public = table("labels_mesh.csv"), table("labels_chexpert_labeler.csv")
+    return [(uid, f"{row['findings']} {row['impression']}".strip(), mesh[uid], public[uid])
+            for uid, row in table("indiana_reports.csv").items()]
+
+
+def held_out(uid):
+    """A third of the studies that nobody looked at while the rules were written."""
+    return hashlib.sha1(f"holdout{uid}".encode()).digest()[0] % 3 == 0
+
+
+def scores(studies, positive):
+    """{condition: (precision, recall, F1, n)} and micro and macro F1; positive(study) -> conditions."""
+    count = Counter()
+    for study in studies:
+        said = positive(study)
+        for c, columns in SHARED.items():
+            count[c, any(study[2][k] == "1" for k in columns), c in said] += 1
+    rows, total = {}, Counter()
+    for c in SHARED:
+        hit, extra, missed = count[c, True, True], count[c, False, True], count[c, True, False]
+        total.update(hit=hit, wrong=extra + missed)
+        rows[c] = (hit / max(1, hit + extra), hit / max(1, hit + missed),
+                   2 * hit / max(1, 2 * hit + extra + missed), hit + missed)
+    micro = 2 * total["hit"] / (2 * total["hit"] + total["wrong"])
+    return rows, micro, sum(f for _, _, f, _ in rows.values()) / len(rows)
+
+
+def ours(study):
+    return {c for c, v in N.label_report(study[1]).items() if v}
+
+
+def public(study):
+    return {c for c, v in study[3].items() if v in ("1", "-1")}
+
+
+@needs_openi
+def test_openi_labels_beat_the_public_labeler_also_on_reports_never_looked_at():
+    for keep in (lambda uid: True, held_out):
+        studies = [s for s in openi() if keep(s[0])]
+        (_, micro, macro), (_, their_micro, their_macro) = scores(studies, ours), scores(studies, public)
+        assert micro >= 0.85 and macro >= 0.75, (micro, macro)
+        assert micro > their_micro + 0.1 and macro > their_macro + 0.1
+
+
+def pipeline_counts():
+    """What happens to OpenI's reports on their way through annotate()."""
+    n = Counter()
+    for uid, text, *_ in openi():
+        if not text:
+            continue
+        record = N.annotate({"id": f"openi/{uid}", "report": text})
+        before, after = N.label_report(text), N.label_report(record["report"])
+        n["pairs"] += len(N.CONDITIONS)
+        n["agree"] += sum(before.get(c) == after.get(c) for c in N.CONDITIONS)
+        said = set(before) | set(after)
+        n.update(said=len(said), said_agree=sum(before.get(c) == after.get(c) for c in said))
+        n["reports"] += 1
+        n["graphs"] += any(e["label"].startswith("OBS") for e in record["graph"]["entities"].values())
+        n["missing"] += len(N.positives(after)) - len(record["hard_negatives"])
+        for negative in record["hard_negatives"]:
+            c, rr, rn = (negative[k] for k in ("condition", "omitted", "report"))
+            n["negatives"] += 1
+            n["gone"] += c not in N.label_report(rr)
+            n["denied"] += N.label_report(rn).get(c) == 0
+            n["unchanged"] += record["report"] in (rr, rn)
+            n["nothing left"] += rr == N.NOTHING_LEFT
+            for other in N.positives(after):
+                n["others"] += other != c
+                n["kept"] += other != c and all(N.label_report(t).get(other) == 1 for t in (rr, rn))
+            n["absent in the graph"] += any(e["label"] == "OBS-DA" and e["tokens"] == N.NOUNS[c][0]
+                                            for e in negative["graph"]["entities"].values())
+    return n
+
+
+@needs_openi
+def test_openi_clean_up_changes_no_label_and_hard_negatives_are_what_they_say():
+    n = pipeline_counts()
+    assert n["said_agree"] >= 0.98 * n["said"] > 0
+    assert n["gone"] >= 0.98 * n["negatives"] and n["denied"] >= 0.98 * n["negatives"] > 0
+    assert n["kept"] >= 0.95 * n["others"] > 0
+    assert n["unchanged"] == n["missing"] == 0
+    assert n["graphs"] >= 0.95 * n["reports"]
+    assert n["absent in the graph"] == n["negatives"]
+
+
+def measure():
+    """Prints everything that the README states about OpenI."""
+    began, studies = time.perf_counter(), openi()
+    for uid, text, *_ in studies:
+        json.dumps(N.annotate({"id": uid, "report": text}))
+    speed = len(studies) / (time.perf_counter() - began)
+    (mine, *m), (theirs, *t) = scores(studies, ours), scores(studies, public)
+    print("| condition | n | rules: P | R | F1 | CheXpert labeler: P | R | F1 |\n|---|---|---|---|---|---|---|---|")
+    for c in SHARED:
+        cells = " | ".join(f"{x:.2f}" for x in (*mine[c][:3], *theirs[c][:3]))
+        print(f"| {c} | {mine[c][3]} | {cells} |")
+    for name, a, b in zip(("micro", "macro"), m, t, strict=True):
+        print(f"| **{name}** | | | | **{a:.3f}** | | | {b:.3f} |")
+    rest = [s for s in studies if held_out(s[0])]
+    print("\nthe {} studies never looked at: ours {:.3f} / {:.3f}, public {:.3f} / {:.3f}".format(
+        len(rest), *scores(rest, ours)[1:], *scores(rest, public)[1:]))
+    n = pipeline_counts()
+    for what, part, whole in [
+            ("labels agree before and after clean-up", "agree", "pairs"),
+            ("  of the pairs that one of them mentions", "said_agree", "said"),
+            ("condition gone from r^r", "gone", "negatives"), ("condition denied in r^n", "denied", "negatives"),
+            ("other positive conditions kept in both", "kept", "others"),
+            ("r^r or r^n is r unchanged", "unchanged", "negatives"), ("r^r is empty", "nothing left", "negatives"),
+            ("graph with an observation", "graphs", "reports")]:
+        print(f"{what:42s} {100 * n[part] / n[whole]:6.2f} %  of {n[whole]:,}")
+    print(f"{'studies per second, one core, cold':42s} {speed:6,.0f}")
+
+
+if __name__ == "__main__":
+    measure()
