@@ -104,7 +104,8 @@ FINDINGS = {
         pneumoperitone*; free (?:\w+ )?air; shift*; deviat*; fullness; sternotomy; *ectomy; cabg;
         (?:post-?)?(?:surg|operat)* change*; bypass; effusions?; densit(?:y|ies); lesions?; injur*;
         distort*; retract*; chronic \w+ (?:change|disease)*; abnormalit*;
-        (?:\w+ )?(?:process|disease|findings?)""",
+        (?:\w+ )?(?:process|disease); (?:acute|abnormal|significant|active|*pulmonary|bony|osseous)
+        findings?""",
 }
 # no: denies what follows; denied: what precedes; maybe: hedges what follows; hedge: either;
 # ignore: nothing is said of this image; skip: a look-alike; end: of a scope. The first match wins.
@@ -119,7 +120,7 @@ TRIGGERS = (
         (?:not|better)(?: \w+)? (?:seen|visuali[sz]ed|present|noted|apparent|identified|
         appreciated) (?:\w+ )?on (?:the )?(?:\w+ )?(?:prior|previous|lateral|frontal);
         (?:near|nearly|almost|partial|incomplete)[- ](?:\w+ )?(?:resol|clear)*(?: of)?"""),
-    ("denied", r"""(?:is|are|was|were|has|have|had)(?: now| since| been| completely){0,3}
+    ("denied", r"""(?:is|are|was|were|has|have|had)(?: now| since| been| \w+ly){0,3}
         (?:ruled out|excluded|absent|resolved|cleared|removed|gone); ruled out; unlikely;
         (?:not|no longer) (?:\w+ )?(?:seen|visuali[sz]ed|identified|present|evident|noted|
         demonstrated|appreciated|detected|found)"""),
@@ -130,7 +131,7 @@ TRIGGERS = (
         (?:interval |complete )?(?:removal|resolution|clearing|absence) of; resolved; not; without;
         w/o; never; neither; nor; denies; absent; non"""),
     ("hedge", r"""(?:is |are )?(?:also |again )?(?:suspected|questioned|possible|considered|
-        favou?red)(?=\W{0,9}$); (?:is|are) (?:possible|suspected|questioned|considered|likely|
+        favou?red)(?=\W{0,9}$); \?; (?:is|are) (?:possible|suspected|questioned|considered|likely|
         probable|in the differential)"""),
     ("maybe", r"""(?:may|might|could)(?: also| well)?(?: be)?(?: (?:secondary|due|related) to)?;
         possibl[ey]; probabl[ey]; likely; suspect*; suspicious; concern*; question*; consider*;
@@ -161,10 +162,10 @@ TIME = rf"""(?:when |as )?(?:compar(?:ed|ing|ison)|in comparison|relative|unchan
     improvement|progression|placement|enlargement)s?(?: of| in)?(?: the)?; persists?;
     (?:not |no )?(?:significantly |essentially |relatively |grossly |overall )?(?:unchanged|
     changed|stable)(?: in (?:appearance|size|position|configuration))?; new(?! york);
-    (?:slightly |mildly |further )?(?:significantly |markedly )?(?:worsen(?:ed|ing)|interval|
-    improv(?:ed|ing)|resolving|enlarging|(?:in|de)creasing|persistent(?:ly)?|recurrent|residual);
-    (?:has|have|is|are) (?:slightly |significantly |mildly )?(?:increased|decreased|progressed|
-    developed|improved|worsened)(?: in (?:size|number|extent))?; (?:slightly |mildly )?
+    (?:increase|decrease) in(?: the)? size of(?: the)?; (?:\w+ly |further )?(?:worsen(?:ed|ing)|
+    interval|improv(?:ed|ing)|resolving|enlarging|(?:in|de)creasing|persistent(?:ly)?|recurrent|
+    residual); (?:has|have|is|are) (?:\w+ly )?(?:increased|decreased|progressed|developed|improved|
+    worsened)(?: in (?:size|number|extent))?; (?:\w+ly )?
     (?:increased|decreased)(?=$|\W?(?:since|from|compared|[,.])); (?:again|previously|newly|
     now)(?: (?:seen|noted|demonstrated|identified|described|is|are)){{0,2}}"""
 NOUNS = {  # how a condition is denied: nouns for TEMPLATES; a capital starts a whole sentence
@@ -267,10 +268,8 @@ def _scope(triggers, start, end):
 
 def mentions(sentence):
     """All findings of a sentence by position: (condition or "Other", 1 | 0 | -1, start, end)."""
-    lower = sentence.lower()
-    if len(lower) != len(sentence):  # a few capitals grow when lowered, and would move the offsets
-        lower = "".join(c.lower() if len(c.lower()) == 1 else c for c in sentence)
-    return _mentions(lower.rstrip(" ."))
+    letters = sentence if sentence.isascii() else (c.lower()[0] for c in sentence)
+    return _mentions("".join(letters).lower().rstrip(" ."))
 
 
 @lru_cache(1 << 15)
@@ -326,9 +325,11 @@ _BREAK = re.compile(r"(?<=[.!?])(?<!\bDr\.)(?<!\bvs\.)\s+|(?<=[a-z]{2}[.])(?=[A-
                     r"\s(?=\d{1,2}[.)] [A-Z]|(?:FINDINGS|IMPRESSION)\s?:)")
 _NUMBER = re.compile(r"^\W*(?:\d{1,2}[.)](?!\d)\s*)?(?:(?:findings|impression|chest)\s*:\s*)?",
                      re.I)
-_CUT = re.compile(r"(?<!compatible)(?<!consistent)(?<!keeping)(?<!associated)(?:,?\s+(?:and/or|and|"
-                  r"or|nor|versus|vs\.?|with|but|however|although|while|as well as)\b,?\s+|[,;]\s+|"
-                  r",?\s+(?=without\b))")
+_CUTS = (  # a conjunction, else a comma
+    re.compile(r"(?<!compatible)(?<!consistent)(?<!keeping)(?<!associated),?\s+(?:(?=without\b)"
+               r"|(?:and/or|and|or|nor|versus|vs\.?|with|but|however|although|while|as well as)\b"
+               r",?\s+)"),
+    re.compile(r"[,;]\s+"))
 _PLACE_LIST = re.compile(  # "heart size and mediastinal contours are normal"
     r"^(?P<lead>(?:the |both |normal |unremarkable )*)"
     r"(?P<items>[\w\s,/-]+?,? and (?:the )?[\w\s-]+?)"
@@ -347,6 +348,8 @@ _HEAD = re.compile(r"^(?:(?:and|but|or|which|is|are|of|in|however|otherwise)\b\W
                    re.I)
 _REST = re.compile(r"(?:\b(?:is|are|has|have|been|appears?|there|to|be|and|but|with|of|in|or|also)"
                    r"\b\W*)+$|\s+(?:(?:is|are|has|have) ?)?(?=[,.;])|,\s*(?=[,.;]|$)", re.I)
+_PLACE_TAIL = re.compile(r" (?:in|of|at|within|involving|overlying)(?: the)?(?: [\w-]+){0,3}? (?:"
+                         + "|".join(sorted(PLACES)) + r")\b", re.I)
 
 
 @lru_cache(1 << 13)
@@ -369,11 +372,12 @@ def _phrase(value, text):
 @lru_cache(1 << 15)
 def _split(sentence):
     """One entity a sentence where a list or a conjunction can be cut without changing any label."""
-    for cut in (_cut_places, _cut_findings):
-        pieces = cut(sentence)
-        if len(pieces) > 1 and _said(pieces) == _said([sentence]):
-            return tuple(p for piece in pieces for p in _split(piece))
-    return (_finish(sentence),)
+    pieces = [sentence]
+    for cut in (_cut_places, _cut_findings) * 2:
+        cuts = [(piece, cut(piece)) for piece in pieces]
+        pieces = [p for piece, parts in cuts
+                  for p in (parts if parts and _said(parts) == _said([piece]) else [piece])]
+    return tuple(map(_finish, pieces))
 
 
 def _cut_places(sentence):
@@ -394,10 +398,11 @@ def _cut_places(sentence):
 def _cut_findings(sentence):
     found, pieces, begin = mentions(sentence), [], 0
     for a, b in itertools.pairwise(found):
-        cut = _CUT.search(sentence, a[3], b[2] + 1)
-        if cut and cut.start() > begin and cut.end() <= b[2]:
-            pieces.append((begin, cut.start()))
-            begin = cut.end()
+        cuts = (cut.search(sentence, a[3], b[2] + 1) for cut in _CUTS)
+        cut = next((c.span() for c in cuts if c and begin < c.start() and c.end() <= b[2]), None)
+        if cut:
+            pieces.append((begin, cut[0]))
+            begin = cut[1]
     out = []
     for start, end in [*pieces, (begin, len(sentence))]:
         piece = re.sub(r"^without\b", "no", sentence[start:end].strip(" ,;."))
@@ -408,7 +413,7 @@ def _cut_findings(sentence):
 
 
 @lru_cache(1 << 15)
-def _timeless(sentence):
+def _timeless(sentence, whole=True):
     """The sentence without comparison to priors; "" if nothing else was said."""
     text, found = sentence, mentions(sentence)
     if _TIME_WORD.search(text):
@@ -426,7 +431,7 @@ def _timeless(sentence):
     if _said(_sentences(text)) == _said([sentence]):
         return text if text.endswith(".") else text + "."
     pieces = _split(sentence)
-    return " ".join(filter(None, map(_timeless, pieces))) if len(pieces) > 1 else pieces[0]
+    return " ".join(filter(None, (_timeless(p, False) for p in pieces))) if whole else pieces[0]
 
 
 def _noun_phrase(sentence, mention):
@@ -438,10 +443,6 @@ def _noun_phrase(sentence, mention):
         start = word.start()
     tail = _PLACE_TAIL.match(sentence, end)
     return sentence[start:tail.end() if tail else end]
-
-
-_PLACE_TAIL = re.compile(r" (?:in|of|at|within|involving|overlying)(?: the)?(?: [\w-]+){0,3}? (?:"
-                         + "|".join(sorted(PLACES)) + r")\b", re.I)
 
 
 def split_sentences(text):
@@ -478,11 +479,12 @@ def _omitted(sentences, condition):
 
 def _insert(rest, condition, rng):
     """A denial put into the remaining sentences: (r^n, position), a position that they have."""
-    noun = rng.choice(NOUNS[condition])
-    denial = noun if noun[0].isupper() else rng.choice(TEMPLATES).format(noun)
-    position = rng.choice(("beginning", "end", "middle")[:1 + bool(rest) + bool(rest[1:])])
-    at = {"beginning": 0, "end": len(rest)}.get(position)
-    at = rng.randrange(1, len(rest)) if at is None else at
+    def draw(items):
+        return items[int(rng.random() * len(items))]
+    noun = draw(NOUNS[condition])
+    denial = noun if noun[0].isupper() else draw(TEMPLATES).format(noun)
+    position = draw(("beginning", "end", "middle")[:1 + bool(rest) + bool(rest[1:])])
+    at = draw({"beginning": [0], "end": [len(rest)]}.get(position, range(1, len(rest))))
     return " ".join([*rest[:at], denial, *rest[at:]]), position
 
 
@@ -494,7 +496,7 @@ def omit(text, condition):
 def negate(text, condition, rng):
     """(r^r, r^n) of a cleaned report: the condition omitted, and denied somewhere (Sec. 3, Fig. 2).
 
-    condition: one of the 13 besides No Finding. rng: random.Random; draws phrasing and position.
+    condition: one of the 13 besides No Finding. rng: random.Random or numpy's Generator.
     """
     if condition not in NOUNS:
         raise ValueError(f"cannot negate {condition!r}: expected one of {', '.join(NOUNS)}")
@@ -646,10 +648,8 @@ class GraphFile:
             text = file.read(end - start).decode("utf-8", "replace")
         try:
             graph = json.JSONDecoder().raw_decode(text)[0]
-            kinds = {"tokens": str, "label": str, "start_ix": int, "end_ix": int, "relations": list}
-            valid = all(isinstance(e[key], kind) for e in graph["entities"].values()
-                        for key, kind in kinds.items())
-            if valid and isinstance(graph["text"], str):
+            keys = {"tokens", "label", "start_ix", "end_ix", "relations"}
+            if graph["text"].split and all(keys <= set(e) for e in graph["entities"].values()):
                 return graph
         except (ValueError, KeyError, TypeError, AttributeError):
             pass
@@ -879,28 +879,27 @@ def _start(tools, worker=False):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _given(path, number, record):
+def _checked(path, number, line, labeler):
+    record = _parse(path, number, line)
+    if not all(isinstance(record.get(key), str) for key in ("id", "report")):
+        raise ValueError(f"{path}:{number}: expected the strings id and report")
     labels = record.get("labels")
-    if not isinstance(labels, dict) or any(
-            c not in CONDITIONS or v not in (1, 0, -1) for c, v in labels.items()):
+    if labeler == "given" and not (isinstance(labels, dict) and all(
+            c in CONDITIONS and v in (1, 0, -1) for c, v in labels.items())):
         raise ValueError(f"{path}:{number}: --labeler given expects labels of 1, 0 or -1 by name")
-    return labels
+    return record
 
 
 def _chunk(lines):
     """Annotates (number, line) pairs: (the bytes to write, counts)."""
     path, labeler, graphs, stats = *(_TOOLS[k] for k in ("path", "labeler", "graphs")), Counter()
-    records = [_parse(path, number, line) for number, line in lines]
-    numbers = [number for number, _ in lines]
-    for number, record in zip(numbers, records, strict=True):
-        if not all(isinstance(record.get(key), str) for key in ("id", "report")):
-            raise ValueError(f"{path}:{number}: expected the strings id and report")
-    given = [graphs.get(r, n) if graphs else None for n, r in zip(numbers, records, strict=True)]
-    stats["graphs: not in the file, made by rule"] += graphs is not None and given.count(None)
+    records = [_checked(path, number, line, labeler) for number, line in lines]
+    given = [graphs and graphs.get(r, n) for (n, _), r in zip(lines, records, strict=True)]
+    stats["graphs: not in the file, made by rule"] += given.count(None) if graphs else 0
 
     def label(records, texts):
         if labeler == "given":
-            return [_given(path, n, r) for n, r in zip(numbers, records, strict=True)]
+            return [r["labels"] for r in records]
         return list(map(label_report, texts)) if labeler == "rules" else labeler(texts)
 
     records = _annotate(records, _TOOLS["seed"], label, given, _TOOLS["generate"], stats)

@@ -37,7 +37,7 @@ SAYS = [  # report, its labels; No Finding follows from them unless given
     ("Cannot exclude pneumonia.", {PN: -1}),
     ("Pneumonia can not be entirely ruled out.", {PN: -1}),
     ("Superimposed pneumonia is not excluded.", {PN: -1}),
-    ("There is atelectasis at the left base; however, pneumonia cannot be excluded.", {AT: 1, PN: -1}),
+    ("There is left atelectasis; however, pneumonia cannot be excluded.", {AT: 1, PN: -1}),
     ("The effusion is no longer seen.", {PE: 0}),
     ("The pneumothorax has resolved.", {PT: 0}),
     ("Interval resolution of the right pleural effusion.", {PE: 0}),
@@ -70,6 +70,7 @@ SAYS = [  # report, its labels; No Finding follows from them unless given
     ("Atelectasis rather than pneumonia.", {AT: 1, PN: 0}),
     ("Left basilar opacity may represent atelectasis or pneumonia.", {LO: 1, AT: -1, PN: -1}),
     ("Atelectasis versus consolidation.", {AT: -1, CO: -1}),
+    ("Pneumonia?", {PN: -1}),
     ("Hydropneumothorax on the right.", {PT: 1, PE: 1}),
     ("Mild cardiomegaly without edema.", {C: 1, ED: 0}),
     ("Recommend chest CT to look for a small nodule.", {}),
@@ -128,12 +129,12 @@ def test_lists_are_split_into_one_entity_a_sentence(report, sentences):
 ])
 def test_comparison_with_priors_goes_and_the_finding_stays(report, cleaned):
     assert N.remove_temporal(report) == cleaned
-    drop = {NF} if not cleaned else set()
-    assert {c: v for c, v in N.label_report(report).items() if c not in drop} == N.label_report(cleaned)
+    labels = N.label_report(report)
+    assert N.label_report(cleaned) == (labels if cleaned else {})
 
 
-REPORT = ("Mild cardiomegaly. Left basilar opacity consistent with atelectasis. Small left effusion. "
-          "Right chest tube. No pneumothorax.")
+REPORT = ("Mild cardiomegaly. Left basilar opacity consistent with atelectasis. Small left "
+          "effusion. Right chest tube. No pneumothorax.")
 
 
 @pytest.mark.parametrize("condition", [C, LO, AT, PE, SD])
@@ -174,8 +175,8 @@ def test_annotate_is_a_pure_function_of_seed_and_id():
     assert a["report"] == REPORT and a["original_report"] == record["report"]
     assert N.annotate(a) == a  # a second pass starts from the original
     assert sorted(n["condition"] for n in a["hard_negatives"]) == sorted(N.positives(a["labels"]))
-    firsts = {N.annotate(record | {"id": f"x/{i}"})["hard_negatives"][0]["condition"] for i in range(40)}
-    assert firsts == set(N.positives(a["labels"]))
+    others = (N.annotate(record | {"id": f"x/{i}"})["hard_negatives"] for i in range(40))
+    assert {n[0]["condition"] for n in others} == set(N.positives(a["labels"]))
     places = Counter(n["position"] for i in range(40)
                      for n in N.annotate(record, seed=i)["hard_negatives"])
     assert set(places) == {"beginning", "middle", "end"} and min(places.values()) > 40
@@ -185,7 +186,8 @@ def test_positions_are_where_they_say():
     for i in range(60):
         for negative in N.annotate({"id": str(i), "report": REPORT})["hard_negatives"]:
             sentences = re.split(r"(?<=\.) ", negative["report"])
-            at = [k for k, s in enumerate(sentences) if N.label_report(s).get(negative["condition"]) == 0]
+            at = [k for k, s in enumerate(sentences)
+                  if N.label_report(s).get(negative["condition"]) == 0]
             place = {0: "beginning", len(sentences) - 1: "end"}.get(at[0], "middle")
             assert len(at) == 1 and negative["position"] == place
 
@@ -197,8 +199,9 @@ def test_labels_of_a_hard_negative_are_the_reports_with_one_zero():
     assert labels[SD] == {C: 1, SD: 0}
     record = N.annotate({"id": "1", "report": "Cardiomegaly. Calcified granuloma."})
     assert record["hard_negatives"][0]["labels"] == {C: 0}  # the granuloma remains
-    record = N.annotate({"id": "1", "report": "Cardiomegaly."}, label=lambda text: {C: 1, PN: -1, PE: 1})
-    assert [n["labels"] for n in record["hard_negatives"]] == [{C: 0, PN: -1, PE: 1}]  # no PE in it
+    other = {C: 1, PN: -1, PE: 1}  # another labeler's; the rules find no effusion to omit
+    record = N.annotate({"id": "1", "report": "Cardiomegaly."}, label=lambda text: other)
+    assert [n["labels"] for n in record["hard_negatives"]] == [{C: 0, PN: -1, PE: 1}]
     assert N.annotate({"id": "1", "report": "Lungs are clear."})["hard_negatives"] == []
 
 
@@ -208,14 +211,15 @@ def entities(graph):
     for e in graph["entities"].values():
         assert e["tokens"] == " ".join(words[e["start_ix"]:e["end_ix"] + 1])
         assert all(target in graph["entities"] for _, target in e["relations"])
-    return {(e["tokens"], e["label"]): {(r, graph["entities"][t]["tokens"]) for r, t in e["relations"]}
+    name = {key: e["tokens"] for key, e in graph["entities"].items()}
+    return {(e["tokens"], e["label"]): {(relation, name[to]) for relation, to in e["relations"]}
             for e in graph["entities"].values()}
 
 
 def test_a_rule_graph_follows_radgraphs_schema():
     graph = entities(N.annotate({"id": "1", "report": (
-        "There is a small left pleural effusion. Patchy opacity in the right lower lobe suggestive of "
-        "pneumonia. No pneumothorax. The heart is mildly enlarged.")})["graph"])
+        "There is a small left pleural effusion. Patchy opacity in the right lower lobe suggestive "
+        "of pneumonia. No pneumothorax. The heart is mildly enlarged.")})["graph"])
     assert graph["small", "OBS-DP"] == {("modify", "effusion")}
     assert graph["left", "ANAT-DP"] == {("modify", "pleural")}
     assert graph["effusion", "OBS-DP"] == {("located_at", "pleural")}
@@ -230,19 +234,21 @@ def test_a_rule_graph_follows_radgraphs_schema():
 def test_the_graph_of_a_hard_negative_is_the_reports_without_the_condition_plus_its_absence():
     record = N.annotate({"id": "1", "report": "Small left pleural effusion. The heart is normal."})
     graph = entities(record["hard_negatives"][0]["graph"])
-    assert set(graph) == {("heart", "ANAT-DP"), ("normal", "OBS-DP"), ("pleural effusion", "OBS-DA")}
+    assert set(graph) == {
+        ("heart", "ANAT-DP"), ("normal", "OBS-DP"), ("pleural effusion", "OBS-DA")}
     assert ("effusion", "OBS-DP") in entities(record["graph"])  # negative control: r keeps it
 
 
-XL = {"text": "small pleural effusion . heart normal", "entities": {
-    "1": {"tokens": "small", "label": "Observation::definitely present", "start_ix": 0, "end_ix": 0,
-          "relations": [["modify", "3"]]},
-    "2": {"tokens": "pleural", "label": "Anatomy::definitely present", "start_ix": 1, "end_ix": 1,
-          "relations": []},
-    "3": {"tokens": "effusion", "label": "Observation::definitely present", "start_ix": 2, "end_ix": 2,
-          "relations": [["located_at", "2"]]},
-    "4": {"tokens": "normal", "label": "Observation::definitely present", "start_ix": 5, "end_ix": 5,
-          "relations": []}}, "data_source": None, "data_split": "inference"}
+def entity(tokens, label, at, *relations):
+    return {"tokens": tokens, "label": label, "start_ix": at, "end_ix": at,
+            "relations": [list(r) for r in relations]}
+
+
+XL = {"text": "small pleural effusion . heart normal", "data_source": None, "entities": {
+    "1": entity("small", "Observation::definitely present", 0, ("modify", "3")),
+    "2": entity("pleural", "Anatomy::definitely present", 1),
+    "3": entity("effusion", "Observation::definitely present", 2, ("located_at", "2")),
+    "4": entity("normal", "Observation::definitely present", 5)}}
 
 
 def test_given_graphs_keep_their_style_and_are_not_replaced():
@@ -277,22 +283,22 @@ def test_radgraph_files_are_matched_by_study_or_by_line(tmp_path, capsys, key):
     graphs = tmp_path / "graphs.json"
     graphs.write_text(json.dumps({"p10/p1/s50000000.txt": XL | {"text": "a b"}, key: XL}, indent=1))
     source = write(tmp_path / "in.jsonl", records)
-    N.main([str(source), "--out", str(tmp_path / "out.jsonl"), "--graphs", str(graphs), "--workers", "1"])
+    options = ["--graphs", str(graphs), "--workers", "1"]
+    N.main([str(source), "--out", str(tmp_path / "out.jsonl"), *options])
     found = [r["graph"] == XL for r in read(tmp_path / "out.jsonl")]
     assert found == ([False, True, True] if "/" in key else [False, True, False])
     missing = found.count(False)
     assert f"graphs: not in the file, made by rule{missing:25d}" in capsys.readouterr().out
     graphs.write_text('{"p10/p10000001/s51234567.txt": {"text": 5, "entities": {}}}')
     with pytest.raises(ValueError, match="graphs.json: expected a RadGraph record at byte"):
-        N.main([str(source), "--out", str(tmp_path / "x.jsonl"), "--graphs", str(graphs), "--workers", "1"])
+        N.main([str(source), "--out", str(tmp_path / "x.jsonl"), *options])
 
 
 # ---- files
-REPORTS = [REPORT, "Lungs are clear.", "", "Stable cardiomegaly. Small effusion.", "No pneumothorax."]
-
-
 def manifest(path, studies=300):
-    return write(path, [{"id": f"made/{i}", "report": REPORTS[i % 5] + f" Clip {i}."} for i in range(studies)])
+    reports = [REPORT, "Lungs are clear.", "", "Stable cardiomegaly. Effusion.", "No edema."]
+    return write(path, [{"id": f"made/{i}", "report": reports[i % 5] + f" Clip {i}."}
+                        for i in range(studies)])
 
 
 def test_output_is_byte_identical_for_any_number_of_workers(tmp_path):
@@ -306,7 +312,8 @@ def test_output_is_byte_identical_for_any_number_of_workers(tmp_path):
     run(source, "--out", tmp_path / "seed.jsonl", "--seed", "1", "--workers", 1)
     assert (tmp_path / "seed.jsonl").read_bytes() != outputs[0]  # negative control
     assert "studies" in done.stdout and "Clip" not in done.stdout + done.stderr  # no report text
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["1.jsonl", "3.jsonl", "in.jsonl", "seed.jsonl"]
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["1.jsonl", "3.jsonl", "in.jsonl", "seed.jsonl"]
 
 
 def test_an_interrupted_run_continues_or_says_why_not(tmp_path, monkeypatch):
@@ -344,7 +351,8 @@ def test_mistakes_name_file_and_line_and_show_no_report(tmp_path):
         source.write_text(f"{good}\n\n{bad}\n")
         done = run(source, "--out", tmp_path / "out.jsonl", "--workers", 2)
         assert done.returncode == 2 and done.stderr.startswith(f"error: {source}:3: expected")
-        assert expected in done.stderr and "SECRET" not in done.stderr and done.stderr.count("\n") == 1
+        assert expected in done.stderr and done.stderr.count("\n") == 1
+        assert "SECRET" not in done.stdout + done.stderr
         os.remove(tmp_path / "out.jsonl.part.json")
     source.write_bytes(b'{"id": "\xff"}\n')
     with pytest.raises(ValueError, match="in.jsonl:1: expected one JSON object in UTF-8"):
@@ -386,7 +394,7 @@ def chexbert(tmp_path_factory):
     import torch
     from transformers import BertConfig, BertModel
     folder = tmp_path_factory.mktemp("chexbert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "no", "pneumo", "##thorax", "effusion", "."]
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] no pneumo ##thorax effusion .".split()
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     torch.manual_seed(0)
     bert = BertModel(BertConfig(
@@ -431,8 +439,18 @@ def test_chexbert_is_strict_about_its_checkpoint(chexbert, tmp_path, monkeypatch
     torch.save({"model_state_dict": state if fault != "pickle" else os.system}, bad)
     if fault != "tokenizer":
         (tmp_path / "vocab.txt").write_bytes((path.parent / "vocab.txt").read_bytes())
-    with pytest.raises(ValueError, match="vocab.txt" if fault == "tokenizer" else "CheXbert's weights"):
+    expected = "vocab.txt" if fault == "tokenizer" else "CheXbert's weights"
+    with pytest.raises(ValueError, match=expected):
         N.CheXbert(bad)
+
+
+def test_chexbert_labels_a_manifest(chexbert, tmp_path):
+    path, source, out = chexbert[0], manifest(tmp_path / "in.jsonl", 10), tmp_path / "out.jsonl"
+    with pytest.raises(ValueError, match="--chexbert CKPT"):
+        N.main([str(source), "--out", str(out), "--labeler", "chexbert"])
+    N.main([str(source), "--out", str(out), "--labeler", "chexbert", "--chexbert", str(path)])
+    records = read(out)
+    assert [r["labels"] for r in records] == N.CheXbert(path)([r["report"] for r in records])
 
 
 def scripted(answers):
@@ -441,11 +459,11 @@ def scripted(answers):
 
 @pytest.mark.parametrize(("clean", "omitted", "taken"), [
     ("Cardiomegaly.\nThere is a small effusion.", "Cardiomegaly.", (1, 1)),
-    ("- Cardiomegaly.", "Cardiomegaly.", (0, 1)),                              # a finding is lost
-    ("Cardiomegaly. Small effusion. Pneumonia.", "Cardiomegaly.", (0, 1)),     # one is invented
-    ("Cardiomegaly. Small left effusion.", "Cardiomegaly.", (0, 1)),           # so is a side
-    ("Sure! I cannot help.", "Cardiomegaly. Small effusion.", (0, 0)),         # nothing is omitted
-    ("Cardiomegaly. Small effusion.", "No cardiomegaly.", (1, 0)),             # another is denied
+    ("- Cardiomegaly.", "Cardiomegaly.", (0, 1)),                           # a finding is lost
+    ("Cardiomegaly. Small effusion. Pneumonia.", "Cardiomegaly.", (0, 1)),  # one is invented
+    ("Cardiomegaly. Small left effusion.", "Cardiomegaly.", (0, 1)),        # so is a side
+    ("Sure! I cannot help.", "Cardiomegaly. Small effusion.", (0, 0)),      # nothing is omitted
+    ("Cardiomegaly. Small effusion.", "No cardiomegaly.", (1, 0)),          # another is denied
 ])
 def test_a_models_edits_are_checked_and_fall_back_to_the_rules(clean, omitted, taken):
     stats, record = Counter(), {"id": "1", "report": "Stable cardiomegaly. Small effusion."}
@@ -458,6 +476,16 @@ def test_a_models_edits_are_checked_and_fall_back_to_the_rules(clean, omitted, t
     assert out["hard_negatives"][0]["omitted"] == "Cardiomegaly."
 
 
+@pytest.mark.parametrize("text", [
+    "heart and " * 1500, "effusion, " * 1500, "the lungs " * 2000, "stable compared to the " * 800,
+    "normal heart size and " * 700, "opacity may represent atelectasis or pneumonia with " * 300,
+    "\u0130 effusion \u1e9e " * 200, "1. " * 3000, "effusion\x00 \u2028 edema"])
+def test_hostile_reports_end_soon(text):
+    began = time.perf_counter()
+    N.annotate({"id": "1", "report": text})
+    assert time.perf_counter() - began < 5
+
+
 def test_the_code_calls_no_cloud():
     code = (ROOT / "negations.py").read_text()
     assert not re.search(r"https?://|\burllib|\brequests\b|\bsocket\b|api_key", code)
@@ -465,8 +493,9 @@ def test_the_code_calls_no_cloud():
 
 # ---- OpenI: what is measured on real reports
 SHARED = {  # condition: its columns of the human MeSH table
-    AT: ["Atelectasis"], C: ["Cardiomegaly"], PE: ["Effusion"], LL: ["Mass", "Nodule"], PN: ["Pneumonia"],
-    PT: ["Pneumothorax"], CO: ["Consolidation"], ED: ["Edema"], PO: ["Pleural Thickening"], NF: ["normal"]}
+    AT: ["Atelectasis"], C: ["Cardiomegaly"], PE: ["Effusion"], LL: ["Mass", "Nodule"],
+    PN: ["Pneumonia"], PT: ["Pneumothorax"], CO: ["Consolidation"], ED: ["Edema"],
+    PO: ["Pleural Thickening"], NF: ["normal"]}
 
 
 def openi():
@@ -485,7 +514,7 @@ def held_out(uid):
 
 
 def scores(studies, positive):
-    """{condition: (precision, recall, F1, n)} and micro and macro F1; positive(study) -> conditions."""
+    """{condition: (precision, recall, F1, n)}, micro and macro F1; positive(study) -> names."""
     count = Counter()
     for study in studies:
         said = positive(study)
@@ -513,7 +542,8 @@ def public(study):
 def test_openi_labels_beat_the_public_labeler_also_on_reports_never_looked_at():
     for keep in (lambda uid: True, held_out):
         studies = [s for s in openi() if keep(s[0])]
-        (_, micro, macro), (_, their_micro, their_macro) = scores(studies, ours), scores(studies, public)
+        _, micro, macro = scores(studies, ours)
+        _, their_micro, their_macro = scores(studies, public)
         assert micro >= 0.85 and macro >= 0.75, (micro, macro)
         assert micro > their_micro + 0.1 and macro > their_macro + 0.1
 
@@ -531,7 +561,7 @@ def pipeline_counts():
         said = set(before) | set(after)
         n.update(said=len(said), said_agree=sum(before.get(c) == after.get(c) for c in said))
         n["reports"] += 1
-        n["graphs"] += any(e["label"].startswith("OBS") for e in record["graph"]["entities"].values())
+        n["graphs"] += any(e["label"][:3] == "OBS" for e in record["graph"]["entities"].values())
         n["missing"] += len(N.positives(after)) - len(record["hard_negatives"])
         for negative in record["hard_negatives"]:
             c, rr, rn = (negative[k] for k in ("condition", "omitted", "report"))
@@ -542,9 +572,11 @@ def pipeline_counts():
             n["nothing left"] += rr == N.NOTHING_LEFT
             for other in N.positives(after):
                 n["others"] += other != c
-                n["kept"] += other != c and all(N.label_report(t).get(other) == 1 for t in (rr, rn))
-            n["absent in the graph"] += any(e["label"] == "OBS-DA" and e["tokens"] == N.NOUNS[c][0]
-                                            for e in negative["graph"]["entities"].values())
+                n["kept"] += other != c and all(
+                    N.label_report(t).get(other) == 1 for t in (rr, rn))
+            n["absent in the graph"] += any(
+                e["label"] == "OBS-DA" and e["tokens"] == N.NOUNS[c][0]
+                for e in negative["graph"]["entities"].values())
     return n
 
 
@@ -566,7 +598,8 @@ def measure():
         json.dumps(N.annotate({"id": uid, "report": text}))
     speed = len(studies) / (time.perf_counter() - began)
     (mine, *m), (theirs, *t) = scores(studies, ours), scores(studies, public)
-    print("| condition | n | rules: P | R | F1 | CheXpert labeler: P | R | F1 |\n|---|---|---|---|---|---|---|---|")
+    print("| condition | n | rules: P | R | F1 | CheXpert labeler: P | R | F1 |")
+    print("|---|---|---|---|---|---|---|---|")
     for c in SHARED:
         cells = " | ".join(f"{x:.2f}" for x in (*mine[c][:3], *theirs[c][:3]))
         print(f"| {c} | {mine[c][3]} | {cells} |")
@@ -576,13 +609,15 @@ def measure():
     print("\nthe {} studies never looked at: ours {:.3f} / {:.3f}, public {:.3f} / {:.3f}".format(
         len(rest), *scores(rest, ours)[1:], *scores(rest, public)[1:]))
     n = pipeline_counts()
-    for what, part, whole in [
+    for what, part, whole in (
             ("labels agree before and after clean-up", "agree", "pairs"),
             ("  of the pairs that one of them mentions", "said_agree", "said"),
-            ("condition gone from r^r", "gone", "negatives"), ("condition denied in r^n", "denied", "negatives"),
+            ("condition gone from r^r", "gone", "negatives"),
+            ("condition denied in r^n", "denied", "negatives"),
             ("other positive conditions kept in both", "kept", "others"),
-            ("r^r or r^n is r unchanged", "unchanged", "negatives"), ("r^r is empty", "nothing left", "negatives"),
-            ("graph with an observation", "graphs", "reports")]:
+            ("r^r or r^n is r unchanged", "unchanged", "negatives"),
+            ("r^r is empty", "nothing left", "negatives"),
+            ("graph with an observation", "graphs", "reports")):
         print(f"{what:42s} {100 * n[part] / n[whole]:6.2f} %  of {n[whole]:,}")
     print(f"{'studies per second, one core, cold':42s} {speed:6,.0f}")
 
