@@ -816,7 +816,7 @@ def load_any(path, device):
     return model
 
 
-def parse(words):
+def parse_args(words):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      description=__doc__.split("\n\n")[0])
     parser.add_argument("run", nargs="?",
@@ -864,7 +864,7 @@ def load_results(path):
 
 def main(argv=None):
     words = sys.argv[1:] if argv is None else list(argv)
-    args = parse(words)
+    args = parse_args(words)
     if args.compare:
         return print(table([load_results(path) for path in args.compare]))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():

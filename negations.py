@@ -139,9 +139,10 @@ TRIGGERS = (
         differential; equivocal; apparent; borderline; if"""),
     ("end", r"""but; however; although; though; except; aside from; other than; otherwise; which;
         apart from; secondary to; because; while; whereas; yet; [\x3b:]; ,? with"""),
-    ("end", r"""(?:,|and)(?= (?:the|there|stable|heart|lungs?|cardi*|mediast*|is|are|possibl[ey]|
-        probabl[ey]|likely|may|with|consistent|compatible|unchanged|status|again|which|however|
-        visuali*|limited)\b)"""),
+    ("end", r"""(?:,|and)(?= (?:the|there|stable|heart(?! enlarg)|lungs?(?! (?:lesion|nodul|mass|
+        opac|consol|infiltr))|cardi(?!omegaly|ac enlarg)*|cardiomegaly (?:is|was|remains|persists|
+        has)|mediast*|is|are|possibl[ey]|probabl[ey]|likely|may|with|consistent|compatible|
+        unchanged|status|again|which|however|visuali*|limited)\b)"""),
     ("end", r"""(?:,|and)(?= (?:a|an|mild*|moderate*|minimal*|marked*|severe*|small|large|low|old|
         tortuous|degenerative|normal|prominent|calcified|chronic|healed|bilateral|left|right|
         multiple|hyper*) (?![^.\x3b]{0,200}\b(?:or|nor)\b))"""),  # not in "no X, large Y or Z"
@@ -505,10 +506,10 @@ def negate(text, condition, rng):
 
 
 # ASSUMPTION: r^n's labels and graph are r's, edited for the one condition, whoever made them.
-def _negated_labels(labels, condition, rest):
-    """r's labels with the condition at 0; No Finding is 1 if nothing abnormal remains."""
+def _negated_labels(labels, condition):
+    """r's labels with the condition at 0; No Finding is 1 if none but devices is left above it."""
     out = {c: v for c, v in labels.items() if c != "No Finding"} | {condition: DENIED}
-    abnormal = _said(rest).get(OTHER) or any(v for c, v in out.items() if c != "Support Devices")
+    abnormal = any(v for c, v in out.items() if c != "Support Devices")
     return {c: out[c] for c in CONDITIONS if c in out} | ({} if abnormal else {"No Finding": 1})
 
 
@@ -812,7 +813,7 @@ def _annotate(records, seed, label, graphs, generate, stats):
         report, position = _insert(rest, condition, rngs[i])
         out[i]["hard_negatives"].append({
             "condition": condition, "omitted": " ".join(rest) or NOTHING_LEFT, "report": report,
-            "position": position, "labels": _negated_labels(out[i]["labels"], condition, rest),
+            "position": position, "labels": _negated_labels(out[i]["labels"], condition),
             "graph": negated_graph(out[i]["graph"], condition)})
     return out
 
@@ -953,7 +954,7 @@ def _stream(chunks, workers, tools):
         yield from (future.result() for future in waiting)
 
 
-def _arguments(argv):
+def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -973,7 +974,7 @@ def _arguments(argv):
 
 
 def main(argv=None):
-    args = _arguments(argv)
+    args = parse_args(argv)
     from tqdm import tqdm
     graphs = None if args.graphs == "rules" else args.graphs
     files = [Path(f).resolve() for f in (args.manifest, graphs, args.chexbert) if f]

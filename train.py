@@ -17,6 +17,7 @@ import contextlib
 import datetime
 import fcntl
 import functools
+import gc
 import importlib.metadata
 import json
 import math
@@ -68,8 +69,8 @@ def parse_args(argv=None):
     add("--image-root", metavar="DIR", help="overrides the manifest's image folder")
     add("--uncertain", choices=("positive", "negative"), default="positive",
         help="what an uncertain label counts as in C")
-    add("--workers", type=int, default=0, help="reading processes per rank; about the number of "
-        "cores per GPU")
+    add("--workers", type=int, default=2, help="reading processes per rank; about the number of "
+        "cores per GPU, 0 to read in between")
     add = parser.add_argument_group("model").add_argument
     add("--system", choices=SYSTEMS, default="clip-ng-dtcg", help="row of Tab. 2")
     add("--image-encoder", default="tiny", metavar="tiny|swin-t|PATH",
@@ -157,8 +158,9 @@ def seed_step(seed, step, rank, micro):
     torch.manual_seed(int(state[0] >> 1))
 
 
-def ignore_signals(_worker):
+def start_worker(_worker):
     """Reading processes outlive a signal to their group, so that the last save can be made."""
+    gc.freeze()  # a collection would touch, and so copy, every inherited page
     for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(name, signal.SIG_IGN)
 
@@ -364,7 +366,7 @@ def epoch_batches(studies, args, epoch, start, rank, world):
     rows = GlobalBatches(len(studies), args.batch_size, args.seed, epoch, rank, world, start)
     micro = [part.tolist() for keys in rows for part in np.array_split(keys, args.accumulate)]
     return iter(DataLoader(studies, batch_sampler=micro, num_workers=args.workers,
-                           collate_fn=studies.collate, worker_init_fn=ignore_signals,
+                           collate_fn=studies.collate, worker_init_fn=start_worker,
                            pin_memory=torch.cuda.is_available()))
 
 

@@ -1,6 +1,6 @@
 """Timings and memory as ratios, measured side by side in one run: `python tests/benchmark.py`.
 
-    python tests/benchmark.py                   everything that is installed
+    python tests/benchmark.py                   everything: 5 minutes, 4 GB of disk for a while
     python tests/benchmark.py loss gcn          these parts
 
 Absolute times depend on the machine; each row compares two things that ran in turns.
@@ -9,18 +9,36 @@ SPDX-License-Identifier: MIT
 """
 
 import itertools
+import json
 import multiprocessing
+import os
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data import (  # noqa: E402
+    GlobalBatches,
+    Manifest,
+    Studies,
+    cache,
+    make_phantom,
+    pixels,
+    read_image,
+)
 from gcn import GCN  # noqa: E402
 from loss import DynamicSoftContrastiveLoss  # noqa: E402
+from negations import annotate  # noqa: E402
+from train import start_worker  # noqa: E402
 
 
 def ratio(first, second, runs=7):
@@ -148,7 +166,113 @@ def bench_gcn():
         f"{1e3 * a:.1f} ms / {1e3 * b:.1f} ms")
 
 
-PARTS = {"loss": bench_loss, "gcn": bench_gcn}
+# ---------------------------------------------------------------- data.py
+
+
+def best(function, items, repeats=3):
+    """Best time an item over the repeats, so that a busy machine does not decide."""
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        for item in items:
+            function(item)
+        times.append((time.perf_counter() - began) / len(items))
+    return min(times)
+
+
+def no_tokens(texts):
+    return {"input_ids": torch.zeros(len(texts), 256, dtype=torch.int64)}
+
+
+def enlarged(folder, count=24):
+    """2,500 x 3,000 pixel JPEGs made by enlarging the phantom: their manifest."""
+    raw = Manifest(make_phantom(folder / "small", studies=count, size=512, seed=0))
+    (folder / "big").mkdir()
+    with open(folder / "big.jsonl", "w", encoding="utf-8") as file:
+        for i in range(count):
+            record = raw[i] | {"root": str(folder / "big"), "image": f"{i}.jpg", "split": "train"}
+            small = read_image(raw.image_path(raw[i]))
+            large = small.resize((2500, 3000), Image.Resampling.BICUBIC)
+            large.save(folder / "big" / record["image"])
+            file.write(json.dumps(record) + "\n")
+    return folder / "big.jsonl"
+
+
+def bench_images(size=224):
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        path, folder = enlarged(Path(name)), Path(name)
+        cache(path, folder / "cached")
+        big, small = Manifest(path), Manifest(folder / "cached/big.jsonl")
+        paths, cached_paths = ([m.image_path(m[i]) for i in range(len(m))] for m in (big, small))
+
+        def draft(path):
+            return pixels(read_image(path, at_least=size * 5 // 4), size)
+
+        full = best(lambda path: pixels(read_image(path), size), paths, 1)
+        scaled, cached = best(draft, paths), best(draft, cached_paths)
+        ms = f"{1e3 * full:.1f}, {1e3 * scaled:.1f}, {1e3 * cached:.2f} ms"
+        row("2,500 x 3,000 JPEG: full decode / scaled", f"{full / scaled:.1f} x", ">= 3 x", ms)
+        row("scaled decode / from the cache", f"{scaled / cached:.1f} x", ">= 5 x")
+        row("full decode / from the cache", f"{full / cached:.1f} x", ">= 15 x")
+        grey = [np.abs(pixels(read_image(p), size).astype(int) - draft(p)).mean() for p in paths]
+        row("scaled against full decode, mean grey levels", f"{np.mean(grey):.2f}", "<= 2")
+        studies = Studies(small, image_size=size, tokenize=no_tokens, negatives=False, graphs=False)
+
+        def bare(path):
+            with Image.open(path) as image:
+                return pil_to_tensor(image.resize((size, size), Image.Resampling.BILINEAR))
+
+        value, a, b = ratio(lambda: [studies[(0, i)] for i in range(len(small))] * 4,
+                            lambda: [bare(p) for p in cached_paths] * 4)
+        row("a cached sample / bare decode + resize + to-tensor", f"{value:.2f} x", "<= 1.3 x",
+            f"{1e3 * a / len(small):.2f} / {1e3 * b / len(small):.2f} ms")
+
+
+def shared_memory_mb():
+    """Resident MB of this process and its children, shared pages counted once."""
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    files = (Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in (os.getpid(), *children))
+    return sum(int(line.split()[1]) for text in files for line in text.splitlines()
+               if line.startswith("Pss:")) / 1024
+
+
+def bench_manifest(lines=400_000):
+    """400,000 studies with graphs and hard negatives, some 3 GB on disk."""
+    with tempfile.TemporaryDirectory() as name:
+        raw = Manifest(make_phantom(Path(name) / "p", studies=400, normal_fraction=0.1))
+        rows = [json.dumps(annotate(raw[i])) for i in range(len(raw))]
+        rows = [text[:-1] + f', "filler": "{"x" * max(0, 7500 - len(text))}"}}' for text in rows]
+        path = Path(name) / "large.jsonl"
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(rows[k % len(rows)].replace('"phantom/', f'"phantom/{k}-', 1) + "\n"
+                            for k in range(lines))
+        before, began = shared_memory_mb(), time.perf_counter()
+        Manifest(path)
+        indexed, began = time.perf_counter() - began, time.perf_counter()
+        large = Manifest(path, "train")
+        row(f"{path.stat().st_size / 1e9:.1f} GB, {lines:,} lines: opened after the first time",
+            f"{time.perf_counter() - began:.2f} s", "<= 5 s", f"indexed once in {indexed:.0f} s")
+        studies = Studies(large, image_size=64, tokenize=no_tokens, negatives=True, graphs=True)
+        batches = iter(DataLoader(studies, batch_sampler=GlobalBatches(len(studies), 128, 0, 0),
+                                  num_workers=4, collate_fn=studies.collate,
+                                  worker_init_fn=start_worker))
+        for _ in range(200):
+            next(batches)
+        row("memory above the imports, 4 workers, after 200 batches",
+            f"{shared_memory_mb() - before:.0f} MB", "<= 200 MB")
+        del batches
+
+
+def bench_phantom():
+    with tempfile.TemporaryDirectory() as name:
+        began = time.perf_counter()
+        make_phantom(Path(name), studies=3000, size=64, seed=7)
+        row("3,000 phantoms of 64 pixels", f"{time.perf_counter() - began:.1f} s", "<= 10 s")
+
+
+PARTS = {"loss": bench_loss, "gcn": bench_gcn, "images": bench_images, "manifest": bench_manifest,
+         "phantom": bench_phantom}
 
 if __name__ == "__main__":
     unknown = set(sys.argv[1:]) - set(PARTS)

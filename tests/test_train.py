@@ -25,7 +25,8 @@ from model import ClinicalCLIP, load_checkpoint, load_model
 
 SCRIPT = str(Path(train.__file__))
 FP32 = torch.autocast("cpu", enabled=False)
-SMALL = ["--width", "32", "--batch-size", "12", "--image-size", "32", "--epochs", "2"]
+SMALL = ["--width", "32", "--batch-size", "12", "--image-size", "32", "--epochs", "2",
+         "--workers", "0"]
 
 
 @pytest.fixture(autouse=True)
