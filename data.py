@@ -139,6 +139,7 @@ def patient_hash(patient):
 
 def split_of(patient):
     """train, val or test (80/10/10) by the patient's hash: a subset keeps its assignment."""
+    # ASSUMPTION: sets without an official split get one by a hash of the patient id.
     share = patient_hash(patient) % 1000
     return "train" if share < 800 else "val" if share < 900 else "test"
 
@@ -322,6 +323,7 @@ class Studies(Dataset):
     def _negative(self, record, rng):
         stored = record.get("hard_negatives")
         if stored:
+            # ASSUMPTION: each epoch draws one of a study's stored hard negatives anew.
             return stored[rng.integers(len(stored))]
         for _ in range(MAX_TRIES):
             other = self.manifest[self.single[rng.integers(len(self.single))]]

@@ -245,6 +245,7 @@ class DynamicSoftContrastiveLoss(nn.Module):
                     # sum_k w_k KL(y_k || p) = -sum_k w_k H(y_k) - sum (sum_k w_k y_k) log p
                     kl = F.cross_entropy(z, targets[m][:r], reduction="sum") - entropy[m][:r].sum()
                 else:
+                    # ASSUMPTION: systems without D have one cross-entropy per ordered pair.
                     kl = F.cross_entropy(z, rows[:r], reduction="sum")
                 terms[f"{a}_{b}"] = kl / (B if "image" in (a, b) else count)
         positives = {name: value / count for name, value in positives.items()}

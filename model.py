@@ -254,6 +254,7 @@ class ClinicalCLIP(nn.Module):
             graph[k].to(device) for k in ("node", "label", "edge_index", "graph_index"))
         phrases = [self._phrase(phrase) for phrase in graph["phrases"]]
         phrases.append(torch.zeros(self.text_encoder.width, device=device))  # so that stack has one
+        # ASSUMPTION: a node is its phrase's mean hidden state and its RadGraph label's one-hot.
         x = torch.cat([torch.stack(phrases)[node],
                        F.one_hot(label, len(NODE_LABELS))], dim=1)            # (V, H+4)
         empty = (torch.bincount(graph_index, minlength=count) == 0).nonzero()[:, 0]

@@ -79,6 +79,7 @@ def parse_args(argv=None):
         help="BERT-family folder or hub id; the paper's is emilyalsentzer/Bio_ClinicalBERT")
     add("--image-size", type=int, default=64, help="pixels; the paper's is 224")
     add("--width", type=int, default=512, help="width D of the joint embedding")
+    # ASSUMPTION: thresholds and weights are unpublished; these do not collapse from random weights.
     add = parser.add_argument_group("loss (Eq. 4-10; the paper publishes no values)").add_argument
     for letter, stream in zip("TCG", ("text", "clinical", "graph"), strict=True):
         add(f"--w-{stream}", type=float, default=1.0, help=f"weight w_{letter} of Eq. 10")
@@ -86,6 +87,7 @@ def parse_args(argv=None):
         add(f"--tau-{stream}", type=float, default=tau, help="threshold; lower shares labels among "
             "more studies, and collapses where all similarities are high")
     add("--row-chunk", type=int, help="evaluate the loss that many rows at a time, to save memory")
+    # ASSUMPTION: optimiser, schedule and batch size are CXR-CLIP's; tiny encoders get lr 1e-3.
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=15, help="passes over the training rows")
     add("--max-steps", type=int, help="stop early; the learning rate still follows --epochs")
@@ -159,10 +161,11 @@ def seed_step(seed, step, rank, micro):
 
 
 def start_worker(_worker):
-    """Reading processes outlive a signal to their group, so that the last save can be made."""
-    gc.freeze()  # a collection would touch, and so copy, every inherited page
-    for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    """Reading processes outlive a signal to their group by half a minute, for the last save."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+    for name in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(name, signal.SIG_IGN)
+    gc.freeze()  # a collection would touch, and so copy, every inherited page
 
 
 # ---------------------------------------------------------------- the run folder
@@ -309,7 +312,8 @@ class Run:
         self.save()  # a signal during validation loses nothing
         self.state["validated"] = step
         if len(val_rows):
-            result = validate(self.clip, val_rows, self.args.batch_size, self.args.workers)
+            workers = self.args.workers if len(val_rows) > 1000 else 0
+            result = validate(self.clip, val_rows, self.args.batch_size, workers)
             self.clip.train()
             result = {k: None if math.isnan(v) else round(v, 6) for k, v in result.items()}
             self.log({"step": step, "val": result})
@@ -361,13 +365,21 @@ def phantom():
     return str(path)
 
 
-def epoch_batches(studies, args, epoch, start, rank, world):
-    """This rank's micro-batches from step `start` of an epoch on, --accumulate of them per step."""
-    rows = GlobalBatches(len(studies), args.batch_size, args.seed, epoch, rank, world, start)
-    micro = [part.tolist() for keys in rows for part in np.array_split(keys, args.accumulate)]
-    return iter(DataLoader(studies, batch_sampler=micro, num_workers=args.workers,
-                           collate_fn=studies.collate, worker_init_fn=start_worker,
-                           pin_memory=torch.cuda.is_available()))
+def read_batches(studies, args, step, epoch_steps, rank, world):
+    """Yield this rank's micro-batches from `step` of the run on, --accumulate of them per step.
+
+    One set of reading processes serves all epochs: starting them anew costs about a second.
+    """
+    def keys():
+        for epoch in range(step // epoch_steps, args.epochs):
+            start = step % epoch_steps if epoch == step // epoch_steps else 0
+            for rows in GlobalBatches(len(studies), args.batch_size, args.seed, epoch, rank, world,
+                                      start):
+                yield from (part.tolist() for part in np.array_split(rows, args.accumulate))
+
+    yield from DataLoader(studies, batch_sampler=keys(), num_workers=args.workers,
+                          collate_fn=studies.collate, worker_init_fn=start_worker,
+                          pin_memory=torch.cuda.is_available())
 
 
 def to_device(x, device):
@@ -430,9 +442,9 @@ def forward_backward(model, criterion, batches, autocast, seed):
     return out
 
 
-def learning_rate(step, args, steps_per_epoch):
+def learning_rate(step, args, epoch_steps):
     """Linear warm-up, then half a cosine to zero at the end of --epochs: a function of the step."""
-    warmup, total = args.warmup_epochs * steps_per_epoch, args.epochs * steps_per_epoch
+    warmup, total = args.warmup_epochs * epoch_steps, args.epochs * epoch_steps
     if step < warmup:
         return args.lr * (step + 1) / warmup
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
@@ -448,7 +460,7 @@ def parameter_groups(model, weight_decay):
             {"params": groups[False], "weight_decay": 0.0}]
 
 
-def train(run, model, criterion, studies, val_rows, steps_per_epoch, total):
+def train(run, model, criterion, batches, studies, val_rows, epoch_steps, total):
     """Steps and validations up to `total`. Returns early, saved, if a signal asks any rank to."""
     args, state, device = run.args, run.state, run.device
     signals = []
@@ -458,20 +470,19 @@ def train(run, model, criterion, studies, val_rows, steps_per_epoch, total):
     columns = args.batch_size * (2 if studies.negatives else 1)
     bar = tqdm(total=total, initial=state["step"], desc=args.system, disable=run.rank > 0)
     while True:
-        epoch, first = divmod(state["step"], steps_per_epoch)
+        epoch, first = divmod(state["step"], epoch_steps)
         if (first == 0 or state["step"] == total) and state["step"] > state["validated"]:
             run.validate(val_rows)
         if state["step"] == total:
             return bar.close()
-        batches = epoch_batches(studies, args, epoch, first, run.rank, run.world)
         unreadable, warned = set(), set()
-        for step in range(state["step"], min(total, (epoch + 1) * steps_per_epoch)):
+        for step in range(state["step"], min(total, (epoch + 1) * epoch_steps)):
             began = time.perf_counter()
             micro = [to_device(next(batches), device) for _ in range(args.accumulate)]
             unreadable.update(row for batch in micro for row in batch["bad"].tolist())
             waited = time.perf_counter() - began
             # lr
-            lr = learning_rate(step, args, steps_per_epoch)
+            lr = learning_rate(step, args, epoch_steps)
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
             # forward + loss
@@ -538,8 +549,8 @@ def main(argv=None):
                                   fused=device.type == "cuda")
     studies = Studies(train_rows, image_size=args.image_size, tokenize=clip.tokenize,
                       negatives=negatives, graphs=graphs, uncertain=args.uncertain, seed=args.seed)
-    steps_per_epoch = len(GlobalBatches(len(studies), args.batch_size, args.seed, 0))
-    total = min(args.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
+    epoch_steps = len(GlobalBatches(len(studies), args.batch_size, args.seed, 0))
+    total = min(args.epochs * epoch_steps, args.max_steps or sys.maxsize)
 
     run = Run(args, folder, rank, world, device, clip, optimizer)
     if saved := find_checkpoint(args, folder):
@@ -547,7 +558,9 @@ def main(argv=None):
     if run.state["validated"] < total:
         run.start_log(total, len(studies), len(val_rows))
         model = DistributedDataParallel(clip) if world > 1 else clip
-        train(run, model, build_loss(args), studies, val_rows, steps_per_epoch, total)
+        batches = read_batches(studies, args, run.state["step"], epoch_steps, rank, world)
+        with contextlib.closing(batches):
+            train(run, model, build_loss(args), batches, studies, val_rows, epoch_steps, total)
     if rank == 0:
         if args.export:
             export_model(load_model(folder), Path(args.export))

@@ -239,13 +239,12 @@ def sgd_rank(rank, world, accumulate, phantom, folder):
         dist.init_process_group("gloo", f"file://{folder}/store{world}{accumulate}", rank=rank,
                                 world_size=world)
         model = torch.nn.parallel.DistributedDataParallel(clip)
-    args = train.parse_args(["--batch-size", "12", "--accumulate", str(accumulate)])
+    args = train.parse_args(["--batch-size", "12", "--accumulate", str(accumulate),
+                             "--workers", "0"])
     optimizer = torch.optim.SGD(clip.parameters(), lr=0.01)
-    steps_per_epoch = len(GlobalBatches(len(studies), 12, 0, 0))
-    for step in range(20):
-        epoch, first = divmod(step, steps_per_epoch)
-        if first == 0:
-            batches = train.epoch_batches(studies, args, epoch, 0, rank, world)
+    epoch_steps = len(GlobalBatches(len(studies), 12, 0, 0))
+    batches = train.read_batches(studies, args, 0, epoch_steps, rank, world)
+    for _ in range(20):
         optimizer.zero_grad()
         micro = [next(batches) for _ in range(accumulate)]
         train.forward_backward(model, criterion(), micro, FP32, lambda micro: None)
