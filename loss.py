@@ -32,77 +32,7 @@ from torch import nn
 from torch.nn import functional as F
 
 
-class AllGather(torch.autograd.Function):
-    """Rows of all ranks in rank order, with gradients: (B, D) -> (N, D).
-
-    The backward pass adds what every rank's loss says of this rank's rows; `dist.all_gather` alone
-    would drop the other ranks' share and turn the gradient's direction.
-    """
-
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)                                               # (N, D)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]             # (B, D)
-
-
-class _OtherSide(torch.autograd.Function):
-    """z[:, :n] transposed and contiguous, forward and backward: (r, m) -> (n, r).
-
-    A transposed view would do, but adding its gradient to the other direction's is slow.
-    """
-
-    @staticmethod
-    def forward(ctx, z, n):
-        ctx.shape = z.shape
-        return z[:, :n].T.contiguous()                                        # (n, r)
-
-    @staticmethod
-    def backward(ctx, grad):
-        if len(grad) == ctx.shape[1]:
-            return grad.T.contiguous(), None                                  # (r, m)
-        whole = grad.new_zeros(ctx.shape)
-        whole[:, :len(grad)] = grad.T
-        return whole, None                                                    # (r, m)
-
-
-class _SumOfBlocks(torch.autograd.Function):
-    """The sum of `block(rows, *tensors)` over row blocks, one block's activations at a time.
-
-    Each block's gradient is taken at once, in the forward pass, so that no block is kept and none
-    is computed twice.
-    """
-
-    @staticmethod
-    def forward(ctx, block, blocks, *tensors):
-        grads = [torch.zeros_like(t) for t in tensors]
-        sums = 0
-        for rows in blocks:
-            leaves = [t.detach().requires_grad_() for t in tensors]
-            with torch.enable_grad():
-                terms = block(rows, *leaves)
-            parts = torch.autograd.grad(terms["loss"], leaves, allow_unused=True)
-            for grad, part in zip(grads, parts, strict=True):
-                grad += 0 if part is None else part
-            values = torch.stack([v.detach() for v in terms.values()])
-            sums = sums + values
-        ctx.save_for_backward(*grads)
-        others = sums[1:].clone()
-        ctx.mark_non_differentiable(others)
-        return sums[0].clone(), others
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        return None, None, *(grad * g for g in ctx.saved_tensors)
-
-
-def threshold(similarity: torch.Tensor, tau: float, own: torch.Tensor) -> torch.Tensor:
+def above_threshold(similarity: torch.Tensor, tau: float, own: torch.Tensor) -> torch.Tensor:
     """y of Eq. 4, 5 and 9 before its rows are normalised.
 
     similarity: (R, M) in [-1, 1]; tau: in [0, 1); own: (R,) column of each row's own item.
@@ -113,16 +43,16 @@ def threshold(similarity: torch.Tensor, tau: float, own: torch.Tensor) -> torch.
     return y.scatter_(1, own[:, None], 1.0)
 
 
-def soft_labels(similarity: torch.Tensor, tau: float) -> torch.Tensor:
-    """Soft labels of Eq. 4, 5 and 9: similarities above `tau`, stretched to (0, 1], rows to sum 1.
+def soft_labels(similarity: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Soft labels of Eq. 4, 5, 9: similarities above the threshold, stretched to (0, 1], rows to 1.
 
-    similarity: (n, n), entries in [-1, 1]; tau: threshold in [0, 1).
+    similarity: (n, n), entries in [-1, 1]; threshold: tau in [0, 1).
     Returns (n, n) without gradient, float32 or float64. Raises ValueError for other shapes.
     """
     if similarity.dim() != 2 or similarity.shape[0] != similarity.shape[1]:
         raise ValueError(f"similarity: expected (n, n), got {tuple(similarity.shape)}")
     s = similarity.detach().to(torch.promote_types(similarity.dtype, torch.float32))
-    y = threshold(s, tau, torch.arange(len(s), device=s.device))
+    y = above_threshold(s, threshold, torch.arange(len(s), device=s.device))
     return y / y.sum(1, keepdim=True)                                         # (n, n)
 
 
@@ -235,7 +165,7 @@ class DynamicSoftContrastiveLoss(nn.Module):
                 # ASSUMPTION: T<->G compares all 2B rows; each KL is the mean over its rows.
                 r = R if "image" not in (a, b) else R1
                 m = N if b == "image" else M
-                if whole and (b, a) in logits:
+                if whole and (b, a) in logits:  # the same products, seen from the other side
                     z = _OtherSide.apply(logits[b, a], r)                     # (r, m)
                 else:
                     left = modality[a] if whole else modality[a][rows[:r]]    # (r, D)
@@ -247,9 +177,9 @@ class DynamicSoftContrastiveLoss(nn.Module):
                 else:
                     # ASSUMPTION: systems without D have one cross-entropy per ordered pair.
                     kl = F.cross_entropy(z, rows[:r], reduction="sum")
-                terms[f"{a}_{b}"] = kl / (B if "image" in (a, b) else count)
+                terms[f"{a}_{b}"] = kl / (B if "image" in (a, b) else count)  # Eq. 6, 7
         positives = {name: value / count for name, value in positives.items()}
-        return {"loss": sum(terms.values()), **terms, **positives}
+        return {"loss": sum(terms.values()), **terms, **positives}            # Eq. 10
 
     @torch.no_grad()
     def _targets(self, rows, R1, N, streams, scale):
@@ -281,7 +211,7 @@ class DynamicSoftContrastiveLoss(nn.Module):
         return targets, entropy, positives
 
     def _weigh(self, similarity, tau, rows, scale):
-        return threshold(similarity, tau, rows)
+        return above_threshold(similarity, tau, rows)
 
     def _check(self, rows):
         """Shapes always; values and the other ranks' batch size where that costs no waiting."""
@@ -330,6 +260,9 @@ class SoftCLIPLoss(DynamicSoftContrastiveLoss):
         return (scale * (similarity - 1)).exp().scatter_(1, rows[:, None], 1.0)  # (R, M)
 
 
+# ---------------------------------------------------------------- plumbing
+
+
 def _world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
@@ -346,3 +279,73 @@ def _gather(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _join(rows, name):
     """[X1; X2] of Sec. 4.2, (M, d): reports of all ranks, then their hard negatives."""
     return torch.cat([rows[name], rows[f"hard_{name}"]]) if f"hard_{name}" in rows else rows[name]
+
+
+class AllGather(torch.autograd.Function):
+    """Rows of all ranks in rank order, with gradients: (B, D) -> (N, D).
+
+    The backward pass adds what every rank's loss says of this rank's rows; `dist.all_gather` alone
+    would drop the other ranks' share and turn the gradient's direction.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)                                               # (N, D)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]             # (B, D)
+
+
+class _OtherSide(torch.autograd.Function):
+    """z[:, :n] transposed and contiguous, forward and backward: (r, m) -> (n, r).
+
+    A transposed view would do, but adding its gradient to the other direction's is slow.
+    """
+
+    @staticmethod
+    def forward(ctx, z, n):
+        ctx.shape = z.shape
+        return z[:, :n].T.contiguous()                                        # (n, r)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if len(grad) == ctx.shape[1]:
+            return grad.T.contiguous(), None                                  # (r, m)
+        whole = grad.new_zeros(ctx.shape)
+        whole[:, :len(grad)] = grad.T
+        return whole, None                                                    # (r, m)
+
+
+class _SumOfBlocks(torch.autograd.Function):
+    """The sum of `block(rows, *tensors)` over row blocks, one block's activations at a time.
+
+    Each block's gradient is taken at once, in the forward pass, so that no block is kept and none
+    is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, block, blocks, *tensors):
+        grads = [torch.zeros_like(t) for t in tensors]
+        sums = 0
+        for rows in blocks:
+            leaves = [t.detach().requires_grad_() for t in tensors]
+            with torch.enable_grad():
+                terms = block(rows, *leaves)
+            parts = torch.autograd.grad(terms["loss"], leaves, allow_unused=True)
+            for grad, part in zip(grads, parts, strict=True):
+                grad += 0 if part is None else part
+            values = torch.stack([v.detach() for v in terms.values()])
+            sums = sums + values
+        ctx.save_for_backward(*grads)
+        others = sums[1:].clone()
+        ctx.mark_non_differentiable(others)
+        return sums[0].clone(), others
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        return None, None, *(grad * g for g in ctx.saved_tensors)
