@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train  # noqa: E402
 from data import (  # noqa: E402
     GlobalBatches,
     Manifest,
@@ -37,8 +39,8 @@ from data import (  # noqa: E402
 )
 from gcn import GCN  # noqa: E402
 from loss import DynamicSoftContrastiveLoss  # noqa: E402
+from model import ClinicalCLIP  # noqa: E402
 from negations import annotate  # noqa: E402
-from train import start_worker  # noqa: E402
 
 
 def ratio(first, second, runs=7):
@@ -260,7 +262,7 @@ def bench_manifest(lines=400_000):
         studies = Studies(large, image_size=64, tokenize=no_tokens, negatives=True, graphs=True)
         batches = iter(DataLoader(studies, batch_sampler=GlobalBatches(len(studies), 128, 0, 0),
                                   num_workers=4, collate_fn=studies.collate,
-                                  worker_init_fn=start_worker))
+                                  worker_init_fn=train.start_worker))
         for _ in range(200):
             next(batches)
         row("memory above the imports, 4 workers, after 200 batches",
@@ -275,8 +277,66 @@ def bench_phantom():
         row("3,000 phantoms of 64 pixels", f"{time.perf_counter() - began:.1f} s", "<= 10 s")
 
 
+# ---------------------------------------------------------------- train.py
+
+
+def step_seconds(folder):
+    """Median seconds a step of a run, its first epoch left out."""
+    lines = (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [r for r in map(json.loads, lines) if r.get("step", 0) > 12 and "loss" in r]
+    return statistics.median(128 / r["images_per_s"] for r in steps)
+
+
+def run_training(folder, ranks, threads, *flags):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               str(ranks), train.__file__, "--out", str(folder), "--max-steps", "36", *flags]
+    subprocess.run(command, check=True, capture_output=True, cwd=folder.parent,
+                   env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    return step_seconds(folder)
+
+
+def bare_step_seconds(path, steps=24):
+    """Median seconds of the encoders' forward and backward and the optimiser's step alone."""
+    torch.manual_seed(0)
+    clip = ClinicalCLIP("tiny", "tiny", 512, 64).train()
+    optimizer = torch.optim.AdamW(train.parameter_groups(clip, 1e-4), lr=1e-3)
+    studies = Studies(Manifest(path, "train"), image_size=64, tokenize=clip.tokenize,
+                      negatives=True, graphs=True)
+    keys = list(GlobalBatches(len(studies), 128, 0, 0))
+    batches = [studies.collate([studies[key] for key in rows]) for rows in keys]
+    times = []
+    for step in range(steps):
+        began = time.perf_counter()
+        optimizer.zero_grad()
+        out = clip(batches[step % len(batches)])
+        sum((v * v.detach()).sum() for v in out.values()).backward()
+        optimizer.step()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[len(batches):])
+
+
+def bench_train():
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shares = []
+        for turn in range(3):
+            whole = run_training(folder / f"a{turn}", 1, torch.get_num_threads())
+            bare = bare_step_seconds(folder / "runs/phantom/phantom_neg.jsonl")
+            shares.append(1 - bare / whole)
+        share = statistics.median(shares)
+        row("share of a step outside encoders and optimiser", f"{100 * share:.1f} %", "<= 8 %",
+            f"of 3 turns, all: {', '.join(f'{100 * s:.1f}' for s in shares)}")
+        gains = []
+        for turn in range(3):
+            one = run_training(folder / f"b{turn}", 1, 1, "--workers", "0")
+            two = run_training(folder / f"c{turn}", 2, 1, "--workers", "0")
+            gains.append(one / two / 2)
+        row("throughput of 2 ranks of 1 thread / twice 1 rank", f"{statistics.median(gains):.2f}",
+            ">= 0.85", f"of 3 turns, all: {', '.join(f'{g:.2f}' for g in gains)}")
+
+
 PARTS = {"loss": bench_loss, "gcn": bench_gcn, "images": bench_images, "manifest": bench_manifest,
-         "phantom": bench_phantom}
+         "phantom": bench_phantom, "train": bench_train}
 
 if __name__ == "__main__":
     unknown = set(sys.argv[1:]) - set(PARTS)

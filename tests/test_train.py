@@ -388,6 +388,37 @@ def test_a_signal_to_one_rank_makes_all_ranks_save_and_leave(phantom, uninterrup
     assert same(weights(out), weights(uninterrupted / "2"))
 
 
+def test_a_signal_during_validation_is_heeded_at_the_next_step(phantom, uninterrupted, tmp_path,
+                                                               monkeypatch, capsys):
+    out, validate = tmp_path / "run", train.validate
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return validate(*args)
+
+    monkeypatch.setattr(train, "validate", signalled)
+    run(phantom, out, "--max-steps", "16")
+    assert "a signal came: saved after step 11" in capsys.readouterr().err  # epochs have 10 steps
+    monkeypatch.setattr(train, "validate", validate)
+    run(phantom, out, "--max-steps", "16", "--resume", "latest")
+    assert same(weights(out), weights(uninterrupted / "1"))
+
+
+def test_the_death_of_one_rank_ends_the_run_without_a_hang(phantom, tmp_path):
+    out = tmp_path / "run"
+    process = start(phantom, out, "--epochs", "500", ranks=2)
+    wait_for(lambda: steps_done(out) >= 2)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and "SIGKILL" in err
+
+
+def test_bf16_trains_with_finite_numbers(phantom, tmp_path):
+    log = run(phantom, tmp_path / "run", "--max-steps", "3", "--precision", "bf16")
+    assert log[3]["skipped"] == 0 and log[3]["loss"] > 0
+    assert next(iter(weights(tmp_path / "run").values())).dtype == torch.float32
+
+
 class OneBadRow(Studies):
     """Studies whose pixels are not finite numbers for the rows in `bad_rows`, as a fault would."""
 
