@@ -133,25 +133,19 @@ def start_ranks():
     return rank, world, torch.device(device)
 
 
-def agree(value, world):
-    """Rank 0's value on every rank; a ValueError of rank 0 is raised everywhere."""
-    box = [value]
+def on_rank_0(function, rank, world):
+    """Run `function` on rank 0 alone and give its result, or its error, to every rank."""
+    box = [None]
+    if rank == 0:
+        try:
+            box = [function()]
+        except (ValueError, OSError) as error:
+            box = [ValueError(str(error))]
     if world > 1:
         dist.broadcast_object_list(box)
     if isinstance(box[0], ValueError):
         raise box[0]
     return box[0]
-
-
-def on_rank_0(function, rank, world):
-    """Run `function` on rank 0 alone and give its result, or its ValueError, to every rank."""
-    value = None
-    if rank == 0:
-        try:
-            value = function()
-        except (ValueError, OSError) as error:
-            value = ValueError(str(error))
-    return agree(value, world)
 
 
 def seed_step(seed, step, rank, micro):
@@ -198,18 +192,18 @@ def lock_folder(folder):
     return lock
 
 
-def find_checkpoint(args, folder):
-    """The checkpoint to resume from: PATH itself, or of the run's two the newest that is intact."""
+def find_checkpoint(args):
+    """Path of the checkpoint to resume from: PATH, or the newest intact one of the run folder."""
     if args.resume != "latest":
-        return load_checkpoint(Path(args.resume)) if args.resume else None
+        return args.resume
     damaged = []
-    for path in (folder / "last.pt", folder / "previous.pt"):
+    for path in (Path(args.out) / "last.pt", Path(args.out) / "previous.pt"):
         try:
             if path.exists():
-                saved = load_checkpoint(path)
+                load_checkpoint(path)
                 for line in damaged:
                     print(f"warning: {line}; using {path.name}", file=sys.stderr)
-                return saved
+                return str(path)
         except ValueError as error:
             damaged.append(str(error))
     if damaged:
@@ -363,6 +357,17 @@ def phantom():
             for _, record in tqdm(read_jsonl(raw), total=PHANTOM_STUDIES, desc="phantom reports"):
                 file.write(json.dumps(annotate(record), ensure_ascii=False) + "\n")
     return str(path)
+
+
+def check_rows(args, rows, fields):
+    """Enough training rows, with what the system needs; looked up in the first of them."""
+    if len(rows) < args.batch_size:
+        raise ValueError(f"{rows.path}: expected at least --batch-size {args.batch_size} rows of "
+                         f"split train, got {len(rows)}")
+    missing = [name for name in fields if name not in rows[0]]
+    if missing:
+        raise ValueError(f"{rows.path}:{rows.line(0)}: expected {' and '.join(missing)} for "
+                         f"--system {args.system}; run negations.py on it first")
 
 
 def read_batches(studies, args, step, epoch_steps, rank, world):
@@ -534,14 +539,14 @@ def main(argv=None):
         raise ValueError(f"--batch-size {args.batch_size}: expected a multiple of {world} ranks x "
                          f"--accumulate {args.accumulate}")
     began = time.perf_counter()
-    folder, locks = on_rank_0(lambda: open_folder(args), rank, world), []
-    on_rank_0(lambda: locks.append(lock_folder(folder)), rank, world)
     path = args.train or on_rank_0(phantom, rank, world)
     on_rank_0(lambda: len(Manifest(path)), rank, world)  # one rank alone writes the index
     train_rows = Manifest(path, "train", args.image_root)
     val_rows = Manifest(args.val or path, "val", args.image_root)
 
     negatives, graphs, _ = SYSTEMS[args.system]
+    check_rows(args, train_rows, ("report", "labels", "graph") if graphs else ("report", "labels"))
+    criterion = build_loss(args)
     torch.manual_seed(args.seed)  # weights are the same on all ranks
     clip = ClinicalCLIP(args.image_encoder, args.text_encoder, args.width, args.image_size,
                         graph=graphs).to(device).train()
@@ -552,20 +557,25 @@ def main(argv=None):
     epoch_steps = len(GlobalBatches(len(studies), args.batch_size, args.seed, 0))
     total = min(args.epochs * epoch_steps, args.max_steps or sys.maxsize)
 
+    checkpoint = on_rank_0(lambda: find_checkpoint(args), rank, world)
+    saved = load_checkpoint(Path(checkpoint)) if checkpoint else None
+    # Only now, so that a mistake in the flags above leaves no folder behind.
+    folder, locks = on_rank_0(lambda: open_folder(args), rank, world), []
+    on_rank_0(lambda: locks.append(lock_folder(folder)), rank, world)
     run = Run(args, folder, rank, world, device, clip, optimizer)
-    if saved := find_checkpoint(args, folder):
+    if saved:
         run.resume(saved)
     if run.state["validated"] < total:
         run.start_log(total, len(studies), len(val_rows))
         model = DistributedDataParallel(clip) if world > 1 else clip
         batches = read_batches(studies, args, run.state["step"], epoch_steps, rank, world)
         with contextlib.closing(batches):
-            train(run, model, build_loss(args), batches, studies, val_rows, epoch_steps, total)
+            train(run, model, criterion, batches, studies, val_rows, epoch_steps, total)
     if rank == 0:
         if args.export:
             export_model(load_model(folder), Path(args.export))
         print(json.dumps({"run": str(folder), "system": args.system, "seed": args.seed,
-                          "finished": run.state["validated"] == total, "step": run.state["step"],
+                          "finished": run.state["validated"] >= total, "step": run.state["step"],
                           "skipped": run.state["skipped"], "unreadable": run.state["unreadable"],
                           "best": run.state["best"],
                           "seconds": round(time.perf_counter() - began)}))

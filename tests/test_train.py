@@ -540,15 +540,21 @@ def test_an_existing_run_folder_is_never_overwritten(phantom, tmp_path):
 @pytest.mark.parametrize("flags,message", [
     (["--train", "nothing.jsonl"], "nothing.jsonl"),
     (["--train", "bad.jsonl"], "bad.jsonl:2: expected"),
+    (["--train", "raw.jsonl", "--batch-size", "2"], "raw.jsonl:1: expected labels and graph for"),
+    (["--train", "raw.jsonl"], "raw.jsonl: expected at least --batch-size 128 rows of split train"),
+    (["--tau-text", "1", "--batch-size", "12"], "thresholds: expected numbers in [0, 1)"),
     (["--system", "clip-x"], "invalid choice: 'clip-x'"),
     (["--epochs", "0"], "--epochs: expected at least 1, got 0"),
     (["--resume", "latest"], "--resume latest: expected --out"),
-    (["--text-encoder", "."], "expected a Hugging Face folder with config.json"),
+    (["--text-encoder", ".", "--batch-size", "12"], "a Hugging Face folder with config.json"),
     (["--batch-size", "9", "--accumulate", "2"], "--batch-size 9: expected a multiple of"),
+    (["--batch-size", "12", "--resume", "x.pt"], "x.pt"),
 ])
 def test_a_mistake_is_one_clear_line_and_exit_status_2(flags, message, phantom, tmp_path, capsys,
                                                        monkeypatch):
     from negations import run_main
+    raw = '{"id": "a/%d", "image": "a.png", "split": "train", "report": "Clear."}\n'
+    (tmp_path / "raw.jsonl").write_text("".join(raw % k for k in range(4)))
     (tmp_path / "bad.jsonl").write_text('{"id": "a/1", "image": "a.png"}\n{"id": \n')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", "--train", str(phantom), *flags])
@@ -557,6 +563,7 @@ def test_a_mistake_is_one_clear_line_and_exit_status_2(flags, message, phantom, 
     err = capsys.readouterr().err
     assert left.value.code == 2 and message in err.splitlines()[-1]
     assert "Traceback" not in err
+    assert not list(tmp_path.glob("runs/run-*"))
 
 
 def test_help_is_grouped_and_names_the_papers_values(capsys):
