@@ -851,6 +851,15 @@ def parse_args(words):
         parser.error("expected RUN and --data X.jsonl, or --compare A.json B.json ...")
     if not all(0 < share <= 1 for share in args.fraction):
         parser.error("--fraction: expected shares above 0, up to 1")
+    for name, bound in (("batch_size", 1), ("workers", 0), ("seed", 0), ("pool", 0),
+                        ("resamples", 1)):
+        if getattr(args, name) < bound:
+            parser.error(f"--{name.replace('_', '-')}: expected at least {bound}, got "
+                         f"{getattr(args, name)}")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        parser.error(f"--device: expected cpu, cuda or cuda:N, got {args.device!r}")
+    if args.out and not Path(args.out).parent.is_dir():  # before hours of work, not after
+        parser.error(f"--out {args.out}: expected a folder that exists")
     return args
 
 
@@ -881,7 +890,9 @@ def main(argv=None):
                 for module in (np, PIL, torch, torchvision, transformers)}
     here = shlex.quote(str(Path(__file__).resolve().parent))
     git = subprocess.getoutput(f"git -C {here} describe --always --dirty 2>/dev/null") or None
-    result = {"model": Path(args.run).resolve().name, "run": args.run, "set": bench.set,
+    path = Path(args.run).resolve()
+    model = path.parent.name if path.suffix == ".pt" else path.name  # of best.pt, its run's name
+    result = {"model": model, "run": args.run, "set": bench.set,
               "split": args.split, "command": shlex.join(["python", "evaluate.py", *words]),
               "seed": args.seed, "resamples": args.resamples, "git": git,
               "versions": {"python": sys.version.split()[0], **versions}, "tasks": {}}
@@ -905,8 +916,6 @@ def finish(bench, result, args):
     """Print, draw and write a result."""
     notes = [f"note: {note}" for note in bench.notes]
     print(details(result), *notes, "", table([result]), sep="\n")
-    if args.figures:
-        save_figures(bench, result["tasks"], args.run, args.figures, args.show_reports)
     run, out = Path(args.run), args.out
     if not out and any((run / name).is_file() for name in ("best.pt", "last.pt")):
         out = run / f"results-{args.task}-{bench.set}-{args.split}.json"
@@ -914,6 +923,8 @@ def finish(bench, result, args):
         with open_atomic(out) as file:  # JSON has no NaN: null
             json.dump(json.loads(json.dumps(result), parse_constant=lambda _: None), file, indent=1)
         print(f"wrote {out}")
+    if args.figures:
+        save_figures(bench, result["tasks"], args.run, args.figures, args.show_reports)
 
 
 if __name__ == "__main__":

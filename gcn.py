@@ -28,7 +28,7 @@ def _node_label(label: str) -> str | None:
     """One of NODE_LABELS for either style ("OBS-DA", "Observation::definitely absent"), or None."""
     if label in NODE_LABELS:
         return label
-    kind, *detail = label.split("::")
+    kind, *detail = str(label).split("::")
     # ASSUMPTION: measurements and uncertain anatomy count as present.
     if kind in ("Anatomy", "ANAT-U"):
         return "ANAT-DP"
@@ -51,18 +51,24 @@ def read_radgraph(record: dict) -> tuple[list[str], list[str], list[tuple[int, i
         inner = next(iter(record.values()))
         record = inner if isinstance(inner, dict) else record
     entities = record.get("entities") or {}
+    if not isinstance(entities, dict):
+        raise ValueError(f"RadGraph record: expected entities by name, got a "
+                         f"{type(entities).__name__}")
     index = {name: i for i, name in enumerate(entities)}
     phrases, labels, edges = [], [], []
     for name, entity in entities.items():
-        if not isinstance(entity, dict) or not {"tokens", "label"} <= entity.keys():
-            raise ValueError(f"RadGraph entity {name!r}: expected an object with tokens and label")
-        label = _node_label(entity["label"])
+        if not isinstance(entity, dict) or not isinstance(entity.get("tokens"), str):
+            raise ValueError(f"RadGraph entity {name!r}: expected an object with text in tokens")
+        label = _node_label(entity.get("label"))
         if label is None:
-            raise ValueError(f"RadGraph entity {name!r}: unknown label {entity['label']!r}, "
+            raise ValueError(f"RadGraph entity {name!r}: unknown label {entity.get('label')!r}, "
                              f"expected one of {', '.join(NODE_LABELS)} or RadGraph-XL's names")
         phrases.append(entity["tokens"])
         labels.append(label)
-        for relation, target in entity.get("relations") or ():
+        for pair in entity.get("relations") or ():
+            if not isinstance(pair, list | tuple) or len(pair) != 2:
+                raise ValueError(f"RadGraph entity {name!r}: expected relations as [name, entity]")
+            relation, target = pair
             if target not in index:
                 raise ValueError(f"RadGraph entity {name!r}: relation {relation!r} points to "
                                  f"unknown entity {target!r}")
@@ -109,7 +115,7 @@ def normalized_adjacency(edge_index: torch.Tensor, num_nodes: int) -> torch.Tens
     edge_index: (2, E) int64, undirected edges given once; an edge given twice, in either direction,
         counts once, since A is 0 or 1.
     num_nodes: V; nodes without an edge keep themselves (A_hat[i, i] = 1).
-    Returns (V, V). Source: Kipf & Welling (2017), Eq. 2 there.
+    Returns (V, V); `GCN` does the same for a whole batch. Source: Kipf & Welling (2017), Eq. 2.
     """
     a = torch.zeros(num_nodes, num_nodes, device=edge_index.device)                # (V, V)
     a[edge_index[0], edge_index[1]] = 1
@@ -145,6 +151,8 @@ class GCN(nn.Module):
                              f"{tuple(graph_index.shape)}")
         if edge_index.dim() != 2 or edge_index.shape[0] != 2:
             raise ValueError(f"expected edge_index (2, E), got {tuple(edge_index.shape)}")
+        if bool((edge_index < 0).any()) or bool((graph_index < 0).any()):
+            raise ValueError("expected edge_index and graph_index of at least 0")
         size = torch.bincount(graph_index, minlength=num_graphs)                   # (G,) nodes
         if size.shape[0] != num_graphs:
             raise ValueError(f"expected graph_index below num_graphs = {num_graphs}")

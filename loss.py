@@ -47,8 +47,10 @@ def soft_labels(similarity: torch.Tensor, threshold: float) -> torch.Tensor:
     """Soft labels of Eq. 4, 5, 9: similarities above the threshold, stretched to (0, 1], rows to 1.
 
     similarity: (n, n), entries in [-1, 1]; threshold: tau in [0, 1).
-    Returns (n, n) without gradient, float32 or float64. Raises ValueError for other shapes.
+    Returns (n, n) without gradient, float32 or float64. Raises ValueError otherwise.
     """
+    if not 0 <= threshold < 1:
+        raise ValueError(f"threshold: expected a number in [0, 1), got {threshold}")
     if similarity.dim() != 2 or similarity.shape[0] != similarity.shape[1]:
         raise ValueError(f"similarity: expected (n, n), got {tuple(similarity.shape)}")
     s = similarity.detach().to(torch.promote_types(similarity.dtype, torch.float32))
@@ -75,8 +77,8 @@ class DynamicSoftContrastiveLoss(nn.Module):
         self.thresholds = {"text": tau_text, "clinical": tau_clinical, "graph": tau_graph}
         self.soft, self.row_chunk = soft, row_chunk
         self._values_checked = False
-        if min(self.weights.values()) < 0:
-            raise ValueError(f"weights: expected numbers of at least 0, got {self.weights}")
+        if not all(0 <= w < float("inf") for w in self.weights.values()):
+            raise ValueError(f"weights: expected finite numbers of at least 0, got {self.weights}")
         if not all(0 <= tau < 1 for tau in self.thresholds.values()):
             raise ValueError(f"thresholds: expected numbers in [0, 1), got {self.thresholds}")
         if row_chunk is not None and row_chunk < 1:
@@ -87,7 +89,7 @@ class DynamicSoftContrastiveLoss(nn.Module):
         """Evaluate the loss of a batch.
 
         image, text, graph, hard_text, hard_graph: (B, D), unit rows: v, T1, G1, T2, G2.
-        labels, hard_labels: (B, K), non-negative, of any scale: C1, C2 before normalisation.
+        labels, hard_labels: (B, K), non-negative, not normalised: C1, C2.
         logit_scale: 1 / temperature, a scalar tensor or a float.
         Returns "loss" (Eq. 10, a scalar) and detached scalars: the share of each ordered pair
         ("image_text", ...), which add up to the loss, and "positives_text", "_clinical", "_graph",
@@ -105,6 +107,8 @@ class DynamicSoftContrastiveLoss(nn.Module):
         with torch.autocast(image.device.type, enabled=False):
             rows = {name: x.to(dtype) for name, x in rows.items()}
             scale = torch.as_tensor(logit_scale, dtype=dtype, device=image.device)
+            if scale.numel() != 1:
+                raise ValueError(f"logit_scale: expected a scalar, got {tuple(scale.shape)}")
             return self._loss(_gather(rows), scale, len(image))
 
     def _loss(self, rows, scale, B):
@@ -218,7 +222,7 @@ class DynamicSoftContrastiveLoss(nn.Module):
         B, D = rows["image"].shape if rows["image"].dim() == 2 else (0, 0)
         if not B:
             raise ValueError(f"image: expected (B, D) with rows, got {tuple(rows['image'].shape)}")
-        width = rows["labels"].shape[-1]
+        width = rows["labels"].shape[-1] if rows["labels"].dim() else 0
         for name, x in rows.items():
             expected = (B, width if name.endswith("labels") else D)
             if tuple(x.shape) != expected:
@@ -236,8 +240,9 @@ class DynamicSoftContrastiveLoss(nn.Module):
         self._values_checked = True
         for name, x in rows.items():
             if name.endswith("labels"):
-                if bool((x < 0).any()):
-                    raise ValueError(f"{name}: expected non-negative values in {tuple(x.shape)}")
+                if not bool(((x >= 0) & (x < float("inf"))).all()):
+                    raise ValueError(f"{name}: expected non-negative, finite values in "
+                                     f"{tuple(x.shape)}")
             elif float((x.detach().float().norm(dim=1) - 1).abs().max()) > 1e-2:
                 raise ValueError(f"{name}: expected unit rows (L2) in {tuple(x.shape)}")
         if _world() > 1:

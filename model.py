@@ -339,11 +339,13 @@ class HuggingFaceCLIP(nn.Module):
 
 def _torch_load(path: Path) -> dict:
     """torch.load of plain tensors only; a damaged file or foreign objects are a ValueError."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected a checkpoint or weights")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path}: not an intact file of plain tensors ({reason})") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError):
+        # torch's own message advises to load it unsafely
+        raise ValueError(f"{path}: not an intact file of plain tensors") from None
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -398,12 +400,15 @@ def load_model(path, device="cpu"):
             saved = load_checkpoint(candidate)
             return _build(saved["model_config"], saved["model"], candidate).to(device).eval()
     if (path / "config.json").is_file():
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        try:
+            config = dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise ValueError(f"{path / 'config.json'}: expected a JSON object") from None
         if config.pop("model_type", None) == "clinical-clip":
             from safetensors.torch import load_file
             weights = path / "model.safetensors"
             return _build(config, load_file(weights), weights).to(device).eval()
-    elif path.exists():
+    elif path.exists() or path.parent != Path(".") and path.parent.exists():
         raise ValueError(f"{path}: expected a run folder with best.pt or last.pt, or a CLIP folder")
     try:
         return HuggingFaceCLIP(name).to(device).eval()

@@ -106,11 +106,15 @@ def parse_args(argv=None):
     add("--checkpoint-every", type=int, default=500, metavar="STEPS", help="steps between saves")
     add("--export", metavar="DIR", help="at the end write safetensors, config and tokenizer there")
     args = parser.parse_args(argv)
-    for name, least in (("epochs", 1), ("batch_size", 2), ("accumulate", 1), ("image_size", 32),
-                        ("checkpoint_every", 1), ("workers", 0), ("width", 1)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')}: expected at least {least}, "
-                         f"got {getattr(args, name)}")
+    least = {"epochs": 1, "batch_size": 2, "accumulate": 1, "image_size": 32, "width": 1,
+             "checkpoint_every": 1, "workers": 0, "max_steps": 1, "row_chunk": 1, "seed": 0,
+             "lr": 0, "weight_decay": 0, "warmup_epochs": 0, "clip": 1e-9}
+    for name, bound in least.items():
+        value = getattr(args, name)
+        if value is not None and not bound <= value < math.inf:
+            parser.error(f"--{name.replace('_', '-')}: expected at least {bound}, got {value}")
+    if args.export and Path(args.export).exists():
+        parser.error(f"--export {args.export}: exists; choose another folder")
     if args.resume == "latest" and not args.out:
         parser.error("--resume latest: expected --out, the run folder to continue")
     if args.lr is None:
@@ -322,7 +326,8 @@ class Run:
     def warn_of_collapse(self, values, columns, warned):
         """Once an epoch, when soft labels turn uniform: the KL then falls with nothing learned."""
         for name, value in values.items():
-            if name.startswith("positives_") and value > COLLAPSE * columns and name not in warned:
+            if name in ("positives_text", "positives_graph") and name not in warned \
+                    and value > COLLAPSE * columns:
                 warned.add(name)
                 self.say(f"warning: {name} is {value:.0f} of {columns}: the soft labels have "
                          f"nearly collapsed; raise --tau-{name.removeprefix('positives_')}")
@@ -543,6 +548,9 @@ def main(argv=None):
     on_rank_0(lambda: len(Manifest(path)), rank, world)  # one rank alone writes the index
     train_rows = Manifest(path, "train", args.image_root)
     val_rows = Manifest(args.val or path, "val", args.image_root)
+    if not len(val_rows) and rank == 0:
+        print(f"warning: {val_rows.path} has no row of split val: nothing is validated and there "
+              "will be no best.pt", file=sys.stderr)
 
     negatives, graphs, _ = SYSTEMS[args.system]
     check_rows(args, train_rows, ("report", "labels", "graph") if graphs else ("report", "labels"))
@@ -573,7 +581,8 @@ def main(argv=None):
             train(run, model, criterion, batches, studies, val_rows, epoch_steps, total)
     if rank == 0:
         if args.export:
-            export_model(load_model(folder), Path(args.export))
+            source = folder if (folder / "last.pt").exists() else checkpoint
+            export_model(load_model(source), Path(args.export))
         print(json.dumps({"run": str(folder), "system": args.system, "seed": args.seed,
                           "finished": run.state["validated"] >= total, "step": run.state["step"],
                           "skipped": run.state["skipped"], "unreadable": run.state["unreadable"],

@@ -113,6 +113,7 @@ def test_a_batch_without_any_node_gives_zeros():
     (torch.zeros(2, 5), torch.zeros(2, 0), torch.zeros(3), r"expected x \(V, F\) and graph_index"),
     (torch.zeros(2, 5), torch.zeros(3, 0), torch.zeros(2), r"expected edge_index \(2, E\)"),
     (torch.zeros(2, 5), torch.zeros(2, 0), torch.full((2,), 4), "expected graph_index below"),
+    (torch.zeros(2, 5), torch.full((2, 1), -1), torch.zeros(2), "of at least 0"),
 ])
 def test_shapes_that_do_not_fit_are_refused(x, edges, graph, message):
     with pytest.raises(ValueError, match=message):
@@ -155,7 +156,10 @@ def test_empty_records_are_empty_graphs(record):
     ({"tokens": "secret", "label": "OBS", "relations": []}, "entity '1': unknown label 'OBS'"),
     ({"tokens": "secret", "label": "OBS-DP", "relations": [["modify", "9"]]},
      "entity '1': relation 'modify' points to unknown entity '9'"),
-    ({"label": "OBS-DP"}, "entity '1': expected an object with tokens and label"),
+    ({"label": "OBS-DP"}, "entity '1': expected an object with text in tokens"),
+    ({"tokens": "secret", "label": 5}, "entity '1': unknown label 5"),
+    ({"tokens": ["secret"], "label": "OBS-DP"}, "expected an object with text in tokens"),
+    ({"tokens": "secret", "label": "OBS-DP", "relations": ["x"]}, "expected relations as"),
 ])
 def test_bad_records_are_refused_by_name_without_showing_text(entity, message):
     with pytest.raises(ValueError, match=message) as caught:

@@ -239,6 +239,7 @@ def test_softclip_targets_are_the_softmax_of_text_similarities():
     ({"labels": torch.zeros(3, 14)}, r"labels: expected shape \(4, 14\), got \(3, 14\)"),
     ({"image": torch.full((4, 8), 0.5)}, r"image: expected unit rows \(L2\) in \(4, 8\)"),
     ({"labels": -torch.ones(4, 14)}, "labels: expected non-negative"),
+    ({"labels": torch.full((4, 14), float("nan"))}, "labels: expected non-negative, finite"),
     ({"hard_graph": None}, r"hard_graph: expected shape \(4, 8\)"),
     ({"hard_labels": None}, "hard_labels: expected shape"),
     ({"hard_text": None, "hard_labels": None}, "hard_text: expected shape"),
@@ -252,6 +253,7 @@ def test_wrong_arguments_are_named_with_their_shape(change, message):
 
 @pytest.mark.parametrize("settings,message", [
     ({"tau_text": 1.0}, "thresholds"), ({"w_graph": -1.0}, "weights"),
+    ({"w_text": float("nan")}, "weights"),
     ({"row_chunk": 0}, "row_chunk"),
 ])
 def test_settings_out_of_range_are_refused(settings, message):
