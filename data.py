@@ -11,11 +11,11 @@ SPDX-License-Identifier: MIT
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import gzip
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -27,8 +27,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
-from xml.etree.ElementTree import TreeBuilder
-from xml.parsers import expat
+from xml.etree.ElementTree import XML, ParseError, TreeBuilder, XMLParser
 
 import numpy as np
 import torch
@@ -43,7 +42,16 @@ SPLITS = ("train", "val", "test")
 MAX_PIXELS = 50_000_000      # checked before decoding: three times the largest published radiograph
 MAX_XML_BYTES = 1_000_000    # OpenI's longest report is 12 kB
 MAX_TRIES = 20               # replacements tried for one unreadable image
-BROKEN = (OSError, SyntaxError, EOFError, ValueError, IndexError, struct.error, zlib.error)
+DICOM = (".dcm", ".dicom")
+BROKEN = (OSError, SyntaxError, EOFError, ValueError, IndexError, TypeError, AttributeError,
+          RuntimeError, struct.error, zlib.error)  # what Pillow and pydicom raise for a bad file
+
+
+def expect(right, where, what):
+    """ValueError("WHERE: expected WHAT") unless right."""
+    if not right:
+        raise ValueError(f"{where}: expected {what}")
+
 
 # ---------------------------------------------------------------- images (App. B.1)
 
@@ -55,9 +63,9 @@ def read_image(path, at_least=None):
     side in pixels that suffices; a JPEG is decoded at 1/2, 1/4 or 1/8 if both sides stay above it.
     Raises OSError or ValueError naming the file; the size is checked before anything is decoded.
     """
-    if str(path).lower().endswith((".dcm", ".dicom")):
-        return _read_dicom(path)
     try:
+        if str(path).lower().endswith(DICOM):
+            return _read_dicom(path)
         with Image.open(path, formats=("PNG", "JPEG")) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
@@ -65,14 +73,30 @@ def read_image(path, at_least=None):
                 image.draft("L", (at_least, at_least))
             if image.mode.startswith("I") or image.mode == "F":
                 return to_grey(np.asarray(image))
-            image.load()
-            return image if image.mode == "L" else image.convert("L")
+            return image.convert("L")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(f"{path}: expected at most {MAX_PIXELS} pixels") from None
+    except ImportError:
+        raise ValueError(f"{path}: reading DICOM needs pydicom (pip install pydicom)") from None
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: expected an image, found no such file") from None
     except BROKEN as error:
-        raise OSError(f"{path}: expected an intact PNG or JPEG ({type(error).__name__})") from None
+        raise OSError(f"{path}: expected an intact PNG, JPEG or grey DICOM image "
+                      f"({type(error).__name__})") from None
+
+
+def _read_dicom(path):
+    import pydicom
+    try:
+        header = pydicom.dcmread(path)
+    except pydicom.errors.InvalidDicomError:
+        raise SyntaxError from None
+    if int(header.Rows) * int(header.Columns) > MAX_PIXELS:
+        raise Image.DecompressionBombError
+    values = np.asarray(header.pixel_array, dtype=np.float32)
+    if values.ndim != 2:  # colour, or several frames
+        raise SyntaxError
+    return to_grey(-values if header.get("PhotometricInterpretation") == "MONOCHROME1" else values)
 
 
 def to_grey(values):
@@ -82,25 +106,6 @@ def to_grey(values):
     low, high = float(values.min()), float(values.max())
     scaled = (values - low) * (255 / max(high - low, 1e-6))
     return Image.fromarray(np.round(scaled).astype(np.uint8))
-
-
-def _read_dicom(path):
-    try:
-        import pydicom
-    except ImportError:
-        raise ValueError(f"{path}: reading DICOM needs pydicom (pip install pydicom)") from None
-    try:
-        header = pydicom.dcmread(path)
-        if int(header.Rows) * int(header.Columns) > MAX_PIXELS:
-            raise OverflowError
-        values = np.asarray(header.pixel_array, dtype=np.float32)
-        if values.ndim != 2:
-            raise ValueError
-    except OverflowError:
-        raise ValueError(f"{path}: expected at most {MAX_PIXELS} pixels") from None
-    except (pydicom.errors.InvalidDicomError, AttributeError, RuntimeError, *BROKEN) as error:
-        raise OSError(f"{path}: expected a grey DICOM image ({type(error).__name__})") from None
-    return to_grey(-values if header.get("PhotometricInterpretation") == "MONOCHROME1" else values)
 
 
 def pixels(image, size, rng=None):
@@ -170,8 +175,7 @@ class Manifest:
     """
 
     def __init__(self, path, split="all", image_root=None):
-        if split not in (*SPLITS, "all"):
-            raise ValueError(f"{path}: expected split train, val, test or all, got {split!r}")
+        expect(split in (*SPLITS, "all"), path, f"split train, val, test or all, got {split!r}")
         self.path, self.split, self.image_root = str(path), split, image_root
         self.index = _load_index(self.path)
         codes = (SPLITS.index(split),) if split != "all" else (0, 1, 2, NO_SPLIT)
@@ -210,8 +214,8 @@ def image_path(record, manifest, image_root=None):
     path = os.path.normpath(os.path.join(root, record["image"]))
     folder, name = os.path.split(path)
     path = os.path.realpath(path) if os.path.islink(path) else os.path.join(_real(folder), name)
-    if not path.startswith(os.path.join(root, "")):
-        raise ValueError(f"{manifest}: expected images inside their root (see --image-root)")
+    inside = path.startswith(os.path.join(root, ""))
+    expect(inside, manifest, "images inside their root (see --image-root)")
     return Path(path)
 
 
@@ -220,14 +224,33 @@ def _parse(where, raw):
         record = json.loads(raw)
     except (ValueError, RecursionError):
         raise ValueError(f"{where}: expected one JSON object in UTF-8") from None
-    if not isinstance(record, dict) or not {"id", "image"} <= record.keys():
-        raise ValueError(f"{where}: expected a JSON object with id and image")
+    right = isinstance(record, dict) and {"id", "image"} <= record.keys()
+    expect(right, where, "a JSON object with id and image")
     for name, kind in TYPES.items():
-        if not isinstance(record.get(name, kind()), kind):
-            raise ValueError(f"{where}: expected {name} as {kind.__name__}")
-    if record.get("split", "train") not in SPLITS:
-        raise ValueError(f"{where}: expected split train, val or test")
+        expect(isinstance(record.get(name, kind()), kind), where, f"{name} as {kind.__name__}")
+    expect(record.get("split", "train") in SPLITS, where, "split train, val or test")
     return record
+
+
+def _validate(where, record):
+    """The types that _parse leaves open; ValueError names the line and what was expected."""
+    try:
+        for k, side in enumerate([record, *(record.get("hard_negatives") or ())]):
+            texts = ("report", "omitted", "root") if k == 0 else ("report", "omitted")
+            right = all(isinstance(side.get(name, ""), str) for name in texts)
+            expect(right, where, "report, omitted and root as text")
+            labels = side.get("labels") or {}
+            expect(set(labels) <= set(CONDITIONS) and set(labels.values()) <= {1, 0, -1}, where,
+                   "labels of CheXpert's 14 conditions as 1, 0 or -1")
+            whole = {"report", "omitted"} <= set(side) and side.get("condition") in CONDITIONS
+            expect(k == 0 or whole, where, "condition, report and omitted in each hard negative")
+            read_radgraph(side.get("graph") or {})
+        expect(set((record.get("targets") or {}).values()) <= {0, 1}, where, "targets as 0 or 1")
+    except (TypeError, AttributeError):
+        raise ValueError(f"{where}: expected every field to be of the documented type") from None
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(where) else f"{where}: {text}") from None
 
 
 def _load_index(path):
@@ -240,30 +263,28 @@ def _load_index(path):
             return index
     except (OSError, ValueError, EOFError, IndexError):
         pass  # absent or damaged: built anew
-    index = _build_index(path, stamp)
-    try:
+    index = np.fromiter(_index_rows(path, stamp), INDEX)
+    with contextlib.suppress(OSError):  # a folder that is not writable
         with open_atomic(sidecar, "wb") as file:
             np.save(file, index)
         return np.load(sidecar, mmap_mode="r")
-    except OSError:
-        return index
+    return index
 
 
-def _build_index(path, stamp):
-    parts, chunk, offset = [], [(*stamp, 0, 0, HEADER, 0)], 0
+def _index_rows(path, stamp):
+    yield *stamp, 0, 0, HEADER, 0
+    offset = 0
     with open(path, "rb") as file:
         for line, raw in enumerate(file, 1):
             if raw.strip():
                 record = _parse(f"{path}:{line}", raw)
+                _validate(f"{path}:{line}", record)  # once, so that later readers can trust it
                 labels, split = record.get("labels", {}), record.get("split")
                 bits = sum(1 << k for k, name in enumerate(CONDITIONS) if labels.get(name) == 1)
-                chunk.append((offset, patient_hash(record.get("patient", record["id"])), line, bits,
-                              SPLITS.index(split) if split else NO_SPLIT,
-                              min(255, len(record.get("hard_negatives", ())))))
+                yield (offset, patient_hash(record.get("patient", record["id"])), line, bits,
+                       SPLITS.index(split) if split else NO_SPLIT,
+                       min(255, len(record.get("hard_negatives", ()))))
             offset += len(raw)
-            if len(chunk) > 10_000:
-                parts, chunk = [*parts, np.array(chunk, INDEX)], []
-    return np.concatenate([*parts, np.array(chunk, INDEX)])
 
 
 # ---------------------------------------------------------------- batches
@@ -359,18 +380,18 @@ class GlobalBatches:
             raise ValueError(f"expected a batch size divisible by {world} ranks, got {batch_size}")
         if num_studies < batch_size:
             raise ValueError(f"expected at least {batch_size} studies (a batch), got {num_studies}")
-        self.num_studies, self.batch_size, self.start = num_studies, batch_size, start
-        self.seed, self.epoch, self.rank, self.world = seed, epoch, rank, world
+        self.num_studies, self.seed, self.epoch = num_studies, seed, epoch
+        self.share = batch_size // world  # B
+        self.firsts = [step * batch_size + rank * self.share
+                       for step in range(start, num_studies // batch_size)]
 
     def __len__(self):
-        return max(0, self.num_studies // self.batch_size - self.start)
+        return len(self.firsts)
 
     def __iter__(self):
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_studies)
-        share = self.batch_size // self.world  # B
-        for step in range(self.start, self.num_studies // self.batch_size):
-            first = step * self.batch_size + self.rank * share
-            yield [(self.epoch, int(i)) for i in order[first:first + share]]
+        for first in self.firsts:
+            yield [(self.epoch, int(i)) for i in order[first:first + self.share]]
 
 
 # ---------------------------------------------------------------- the phantom: drawings and reports
@@ -419,24 +440,25 @@ DEVICES = {  # path on the image; the pacemaker has its box too
     "nasogastric tube": [(0.02, -1), (0.03, 0.2), (0.10, 0.62), (0.3, 0.72)]}
 
 
-def phantom_records(folder, studies, size, seed, normal_fraction, duplicates):
-    """Draws images into folder/images, yields their records; a pure function of the arguments."""
-    if not 0 <= normal_fraction <= 1 or studies < 1 or duplicates < 0 or not 32 <= size <= 2048:
+def build_phantom(official, args):
+    """Drawn chests with matching reports: the embedded default, no patient's data"""
+    studies, size, normal, more = args.studies, args.size, args.normal_fraction, args.duplicates
+    if not 0 <= normal <= 1 or studies < 1 or more < 0 or not 32 <= size <= 2048:
         raise ValueError("expected at least 1 study of 32 to 2048 pixels, no negative number of "
                          "duplicates and a normal fraction of 0 to 1")
-    (Path(folder) / "images").mkdir(parents=True, exist_ok=True)
+    (official.root / "images").mkdir(parents=True, exist_ok=True)
     share = np.array(list(TEMPLATES.values())) / sum(TEMPLATES.values())
-    for i in range(studies + duplicates):
-        rng, extra = np.random.default_rng((seed, i)), i >= studies
-        found = {} if extra or rng.random() < normal_fraction else _draw_findings(rng)
+    for i in range(studies + more):
+        rng, extra = np.random.default_rng((args.seed, i)), i >= studies
+        found = {} if extra or rng.random() < normal else _draw_findings(rng)
         report = _write_report(found, rng) if found else str(rng.choice(list(TEMPLATES), p=share))
         patient = f"D{i}" if extra else f"P{i * 2 // 3}"  # every second patient has two
         image = f"images/{i:06d}.png"
-        _draw_chest(found, size, rng).save(Path(folder) / image, compress_level=1)
+        _draw_chest(found, size, rng).save(official.root / image, compress_level=1)
         targets = {name: int(name in found) for name in CONDITIONS[:-1]}
         targets["No Finding"] = int(not set(found) - {"Support Devices"})
         yield {"study": f"{i:06d}", "image": image, "patient": patient,
-               "split": "train" if extra else split_of(f"{seed}/{patient}"),
+               "split": "train" if extra else split_of(f"{args.seed}/{patient}"),
                "report": DUPLICATE if extra else report, "targets": targets,
                "severity": {name: round(finding.amount, 2) for name, finding in found.items()}}
 
@@ -518,7 +540,17 @@ def _draw_chest(found, size, rng):
     chest = SimpleNamespace(x=x, y=y, u=u, texture=texture, body=body, image=image, rng=rng)
     _blend(image, 0.8 * body * _step(y - 0.5, 0.5), 0.68)  # abdomen
     chest.lungs = {side: _draw_lung(chest, found.get("Atelectasis"), side) for side in (-1, 1)}
-    _draw_middle(chest, found)
+    big, wide = (found[name].amount if name in found else 0
+                 for name in ("Cardiomegaly", "Enlarged Cardiomediastinum"))
+    half = rng.uniform(0.13, 0.17) + 0.20 * wide * np.exp(-((y + 0.3) / 0.32) ** 2)
+    _blend(image, _step(half - u, 0.10), 0.66)  # mediastinum
+    _blend(image, 0.5 * _step(0.05 - u) * _step(-0.4 - y), 0.42)  # trachea
+    rx, ry = rng.uniform(0.27, 0.33) + 0.24 * big, rng.uniform(0.27, 0.33) + 0.08 * big
+    heart = _ellipse(x + 0.25 * (y - 0.4), y, 0.12 + 0.07 * big, 0.40, rx, ry)
+    _blend(image, 0.95 * _step(heart, 0.16), 0.66 + 0.03 * texture)
+    _blend(image, 0.8 * _step(_ellipse(x, y, 0.14, -0.38, 0.11, 0.11), 0.3), 0.66)  # aortic knob
+    bubble = _ellipse(x, y, 0.42, 0.80, 0.16, 0.08) + 0.1 * texture  # in the stomach
+    _blend(image, 0.8 * _step(bubble, 0.5), 0.40)
     for name, finding in found.items():
         _draw_finding(chest, name, finding)
     _draw_bones(chest, found.get("Fracture"))
@@ -546,25 +578,10 @@ def _draw_lung(chest, atelectasis, side):
     return SimpleNamespace(s=s, outer=outer, mask=mask)
 
 
-def _draw_middle(chest, found):
-    rng, x, y, image = chest.rng, chest.x, chest.y, chest.image
-    big, wide = (found[name].amount if name in found else 0
-                 for name in ("Cardiomegaly", "Enlarged Cardiomediastinum"))
-    half = rng.uniform(0.13, 0.17) + 0.20 * wide * np.exp(-((y + 0.3) / 0.32) ** 2)
-    _blend(image, _step(half - chest.u, 0.10), 0.66)  # mediastinum
-    _blend(image, 0.5 * _step(0.05 - chest.u) * _step(-0.4 - y), 0.42)  # trachea
-    rx, ry = rng.uniform(0.27, 0.33) + 0.24 * big, rng.uniform(0.27, 0.33) + 0.08 * big
-    heart = _ellipse(x + 0.25 * (y - 0.4), y, 0.12 + 0.07 * big, 0.40, rx, ry)
-    _blend(image, 0.95 * _step(heart, 0.16), 0.66 + 0.03 * chest.texture)
-    _blend(image, 0.8 * _step(_ellipse(x, y, 0.14, -0.38, 0.11, 0.11), 0.3), 0.66)  # aortic knob
-    bubble = _ellipse(x, y, 0.42, 0.80, 0.16, 0.08) + 0.1 * chest.texture  # in the stomach
-    _blend(image, 0.8 * _step(bubble, 0.5), 0.40)
-
-
 def _draw_finding(chest, name, finding):
     """The look of one condition; a in 0.25..1 is its severity."""
-    rng, y, texture, image, a = chest.rng, chest.y, chest.texture, chest.image, finding.amount
-    lung = chest.lungs[finding.side]
+    rng, y, u, texture, image = chest.rng, chest.y, chest.u, chest.texture, chest.image
+    lung, a = chest.lungs[finding.side], finding.amount
     s, mask, outer = lung.s, lung.mask, lung.outer
     cx, cy = rng.uniform(0.32, 0.52), rng.uniform(-0.06, 0.06) + (-0.38, -0.02, 0.30)[finding.zone]
     if name == "Lung Opacity":  # hazy, no edge
@@ -574,10 +591,10 @@ def _draw_finding(chest, name, finding):
         radius = 0.05 + 0.08 * a
         _blend(image, mask * 0.85 * _step(_ellipse(s, y, cx, cy, radius, radius), 0.4), 0.64)
     elif name == "Edema":  # both lungs: butterfly haze and septal lines
-        for side in chest.lungs.values():
-            haze = np.exp(-((side.s - 0.30) / 0.30) ** 2 - ((y - 0.05) / 0.42) ** 2)
-            lines = np.clip(np.sin(50 * y + 4 * texture), 0, 1) * _step(side.s - 0.5, 0.3)
-            _blend(image, side.mask * a * (0.75 * haze + 0.2 * lines), 0.62)
+        haze = np.exp(-((u - 0.30) / 0.30) ** 2 - ((y - 0.05) / 0.42) ** 2)
+        lines = np.clip(np.sin(50 * y + 4 * texture), 0, 1) * _step(u - 0.5, 0.3)
+        both = chest.lungs[-1].mask + chest.lungs[1].mask
+        _blend(image, both * a * (0.75 * haze + 0.2 * lines), 0.62)
     elif name == "Consolidation":  # dense, with dark bronchi
         ellipse = _ellipse(s, y, cx, cy, 0.20 + 0.16 * a, 0.12 + 0.10 * a)
         bronchi = _line(s, y, [(0.15, cy - 0.1), (cx, cy), (cx + 0.3, cy + 0.12)], 0.02)
@@ -640,7 +657,8 @@ def make_phantom(folder, studies=3000, size=64, seed=0, normal_fraction=0.45, du
     if not (manifest.exists() and note.exists() and note.read_text() == text):
         folder.mkdir(parents=True, exist_ok=True)
         note.unlink(missing_ok=True)
-        write_manifest("phantom", phantom_records(**arguments), folder, manifest)
+        records = build_phantom(Download(folder), SimpleNamespace(**arguments))
+        write_manifest("phantom", records, folder, manifest)
         with open_atomic(note) as file:
             file.write(text)
     return manifest
@@ -649,13 +667,42 @@ def make_phantom(folder, studies=3000, size=64, seed=0, normal_fraction=0.45, du
 # ---------------------------------------------------------------- builders: what they share
 
 
-class Images:
-    """Image files below a root, found by relative path or by name; none is ever opened."""
+class Download:
+    """A set's official files, found by relative path or by name; no image is ever opened."""
 
-    SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
+    SUFFIXES = (".png", ".jpg", ".jpeg", *DICOM)
 
     def __init__(self, root):
         self.root, self.stems = Path(root), None
+
+    def file(self, *names, required=True):
+        """The first of these files, plain or .gz, in root or one folder below; else ValueError."""
+        for name in names:
+            for pattern in (name, f"{name}.gz", f"*/{name}", f"*/{name}.gz"):
+                for hit in sorted(self.root.glob(pattern)):
+                    return hit
+        expect(not required, self.root, f"the file {' or '.join(names)} (or .gz)")
+
+    def table(self, names, *columns):
+        """Rows of a CSV ("A|B": the first that is there) as ("FILE:LINE", dict), stripped."""
+        path, line = self.file(*names.split("|")), 1
+        csv.field_size_limit(1 << 27)
+        try:
+            opener = gzip.open if path.suffix == ".gz" else open
+            with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+                rows = csv.reader(file)
+                header = [name.strip() for name in next(rows, [])]
+                right = set(columns) <= set(header)
+                expect(right, f"{path}:1", f"the columns {', '.join(columns)}")
+                for row in filter(None, rows):
+                    line = rows.line_num
+                    right = len(row) >= len(header) and not any(row[len(header):])
+                    expect(right, f"{path}:{line}", f"{len(header)} fields")
+                    yield f"{path}:{line}", dict(zip(header, map(str.strip, row), strict=False))
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}:{line}: expected UTF-8 after this line") from None
+        except (csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path}:{line}: expected a complete CSV file ({error})") from None
 
     def path(self, *candidates):
         """The first of these relative paths that is there, in any format, else None."""
@@ -670,9 +717,8 @@ class Images:
         if self.stems is None:
             files = (Path(folder, f) for folder, _, files in os.walk(self.root) for f in files)
             files = [path for path in files if path.suffix.lower() in self.SUFFIXES]
-            files.sort(key=lambda path: (path.suffix.lower() in (".dcm", ".dicom"), path))
-            files = {stem(path): path for path in files[::-1]}
-            self.stems = {k: path.relative_to(self.root).as_posix() for k, path in files.items()}
+            files.sort(key=lambda path: (path.suffix.lower() in DICOM, path), reverse=True)
+            self.stems = {stem(path): path.relative_to(self.root).as_posix() for path in files}
         return self.stems.get(stem(name))
 
 
@@ -687,38 +733,6 @@ def study(name, official, image, patient, split, **fields):
     fields = {key: value for key, value in fields.items() if value is not None}
     return {"study": name, "image": image or official, "there": image is not None,
             "patient": patient, "split": split} | fields
-
-
-def find_file(root, *names, required=True):
-    """The first of these files, plain or .gz, in root or one folder below; ValueError if none."""
-    for name in names:
-        for pattern in (name, f"{name}.gz", f"*/{name}", f"*/{name}.gz"):
-            for hit in sorted(Path(root).glob(pattern)):
-                return hit
-    if required:
-        raise ValueError(f"{root}: expected the file {' or '.join(names)} (or .gz)")
-    return None
-
-
-def read_table(path, *columns):
-    """Rows of a CSV as ("FILE:LINE", dict), stripped; ValueError names file and line."""
-    csv.field_size_limit(1 << 27)
-    line = 1
-    try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as raw:
-            rows = csv.reader(io.TextIOWrapper(raw, encoding="utf-8-sig", newline=""))
-            header = [name.strip() for name in next(rows, [])]
-            if not set(columns) <= set(header):
-                raise ValueError(f"{path}:1: expected the columns {', '.join(columns)}")
-            for row in filter(None, rows):
-                line = rows.line_num
-                if len(row) < len(header) or any(row[len(header):]):
-                    raise ValueError(f"{path}:{line}: expected {len(header)} fields")
-                yield f"{path}:{line}", {k: v.strip() for k, v in zip(header, row, strict=False)}
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}:{line}: expected UTF-8 after this line") from None
-    except (csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}:{line}: expected a complete CSV file ({error})") from None
 
 
 def read_json(path):
@@ -737,8 +751,7 @@ CLASS_NAMES = ({name.lower(): name for name in CONDITIONS}
 def label(where, value):
     """1, 0, -1, or None if blank."""
     value = str(value).strip().lower()
-    if value not in VALUES:
-        raise ValueError(f"{where}: expected a label 1, 0, -1 or blank")
+    expect(value in VALUES, where, "a label 1, 0, -1 or blank")
     return VALUES[value]
 
 
@@ -773,27 +786,28 @@ def glorias_split(items):
     return [part[k] for k in range(len(items))]
 
 
-def write_manifest(name, records, root, out, keep_missing=False, skipped=None):
-    """Writes the records that have an image (or all) -> the aligned summary."""
-    root, seen, counts, patients = Path(root).resolve(), set(), Counter(), {}
+def write_manifest(name, records, root, out, keep_missing=False):
+    """Writes the records that have an image (or all) -> the summary; a str says what is skipped."""
+    root, seen, patients = Path(root).resolve(), set(), {}
+    counts, skipped = Counter(), Counter()
     missing = f"image not there ({'kept' if keep_missing else 'left out'})"
     with open_atomic(out) as file:
         for record in tqdm(records, name, unit=" studies", disable=None):
+            if isinstance(record, str):
+                skipped[f"skipped: {record}"] += 1
+                continue
             key = record.pop("study")
             identity = f"{name}/{key}/{stem(record['image'])}" if key in seen else f"{name}/{key}"
             seen.add(key)
             there = record.pop("there", True)
             counts[missing] += not there
             if there or keep_missing:
-                counts["studies"] += 1
-                counts[record["split"]] += 1
+                counts.update(("studies", record["split"]))
                 patients.setdefault(record["patient"], set()).add(record["split"])
                 line = {"id": identity, "root": str(root), **record}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        skipped = {f"skipped: {why}": n for why, n in (skipped or {}).items()}
-        if not counts["studies"]:
-            raise ValueError(f"{root}: expected the images of {name} here, {counts[missing]} are "
-                             f"missing (--keep-missing keeps such studies) {skipped or ''}")
+        expect(counts["studies"], root, f"the images of {name} here, {counts[missing]} are missing "
+               f"(--keep-missing keeps such studies) {dict(skipped) or ''}")
     shared = sum(len(splits) > 1 for splits in patients.values())
     return aligned({key: counts[key] for key in ("studies", *SPLITS, missing)}
                    | {"patients": len(patients), "patients in two splits": shared} | skipped)
@@ -815,78 +829,76 @@ MESH = {"Pulmonary Atelectasis": "Atelectasis", "Cardiomegaly": "Cardiomegaly", 
         "normal": "No Finding"}
 
 
-def build_openi(root, args, skipped):
+def build_openi(official, args):
     """OpenI: Kaggle's two tables, else the official XML; targets from the human MeSH indexing"""
-    images, kaggle = Images(root), find_file(root, "indiana_reports.csv", required=False)
-    for uid, names, report, mesh in _openi_kaggle(kaggle, root) if kaggle else _openi_xml(root):
+    kaggle = official.file("indiana_reports.csv", required=False)
+    for uid, names, report, mesh in (_openi_kaggle if kaggle else _openi_xml)(official):
         if not names or not report:
-            skipped["neither findings nor impression" if names else "no frontal image listed"] += 1
+            yield "neither findings nor impression" if names else "no frontal image listed"
             continue
         parts = [tag.strip().split("/") for tag in mesh]
         found = {MESH.get("/".join(part[:k])) for part in parts for k in (1, 2)}
         indexed = ["No Indexing"] not in parts  # else nobody looked for findings
         targets = {name: int(name in found) for name in MESH.values()} if indexed else None
         for name in names:
-            yield study(uid, name, images.name(name), uid, split_of(uid), report=report,
+            yield study(uid, name, official.name(name), uid, split_of(uid), report=report,
                         targets=targets)
 
 
-def _openi_kaggle(reports, root):
-    frontal, views = {}, find_file(root, "indiana_projections.csv")
-    for where, row in read_table(views, "uid", "filename", "projection"):
-        if row["projection"] not in ("Frontal", "Lateral"):
-            raise ValueError(f"{where}: expected projection Frontal or Lateral")
+def _openi_kaggle(official):
+    frontal = {}
+    for where, row in official.table("indiana_projections.csv", "uid", "filename", "projection"):
+        expect(row["projection"] in ("Frontal", "Lateral"), where, "projection Frontal or Lateral")
         if row["projection"] == "Frontal":
             frontal.setdefault(row["uid"], []).append(f"images/{row['filename']}")
-    for _, row in read_table(reports, "uid", "MeSH", "findings", "impression"):
+    for _, row in official.table("indiana_reports.csv", "uid", "MeSH", "findings", "impression"):
         report = join_text(row["findings"], row["impression"])
         yield row["uid"], frontal.get(row["uid"], []), report, row["MeSH"].split(";")
 
 
-def _openi_xml(root):
-    for name, data in _openi_files(root):
+def _openi_xml(official):
+    for name, data in _openi_files(official):
         tree = parse_xml(name, data)
         text = {node.get("Label"): node.text for node in tree.iter("AbstractText")}
         names = [f"{node.get('id')}.png" for node in tree.iter("parentImage")]
-        uid = tree.find("uId")
-        if uid is None or not uid.get("id"):
-            raise ValueError(f"{name}: expected a uId with an id")
+        uid = tree.find("uId[@id]")
+        expect(uid is not None, name, "a uId with an id")
         yield (uid.get("id").removeprefix("CXR"), names[:1],  # the view is unknown: the first image
                join_text(text.get("FINDINGS"), text.get("IMPRESSION")),
                [node.text or "" for node in tree.iterfind("MeSH/major")])
 
 
-def _openi_files(root):
-    folders = (Path(root) / "ecgen-radiology", Path(root))
-    files = next(filter(None, (list(folder.glob("*.xml")) for folder in folders)), ())
+def _openi_files(official):
+    files = [*official.root.glob("ecgen-radiology/*.xml")] or [*official.root.glob("*.xml")]
     for path in sorted(files, key=lambda path: (len(path.stem), path.stem)):
         with open(path, "rb") as file:
             yield str(path), file.read(MAX_XML_BYTES + 1)
-    if not files:
-        archive = find_file(root, "NLMCXR_reports.tgz")
+    if files:
+        return
+    archive = official.file("NLMCXR_reports.tgz")
+    try:
         with tarfile.open(archive) as tar:
-            for member in tar:
-                if member.isfile() and member.name.endswith(".xml"):
-                    data = tar.extractfile(member).read(MAX_XML_BYTES + 1)
-                    yield f"{archive}:{member.name}", data
+            for member in (m for m in tar if m.isfile() and m.name.endswith(".xml")):
+                data = tar.extractfile(member).read(MAX_XML_BYTES + 1)
+                yield f"{archive}:{member.name}", data
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(f"{archive}: expected a complete archive ({error})") from None
+
+
+class NoDoctype(TreeBuilder):
+    """Entities, which may grow without bound or name local files, need a DOCTYPE."""
+
+    def doctype(self, *_):
+        raise ParseError("DOCTYPE")
 
 
 def parse_xml(name, data):
     """XML bytes -> root; a DOCTYPE, more than MAX_XML_BYTES and broken XML are a ValueError."""
-    def refuse(*_):
-        raise ValueError(f"{name}: expected XML without a DOCTYPE")
-
-    if len(data) > MAX_XML_BYTES:
-        raise ValueError(f"{name}: expected at most {MAX_XML_BYTES} bytes of XML")
-    tree, parser = TreeBuilder(), expat.ParserCreate()
-    parser.StartDoctypeDeclHandler = refuse
-    parser.StartElementHandler, parser.EndElementHandler = tree.start, tree.end
-    parser.CharacterDataHandler = tree.data
+    expect(len(data) <= MAX_XML_BYTES, name, f"at most {MAX_XML_BYTES} bytes of XML")
     try:
-        parser.Parse(data, True)
-    except expat.ExpatError as error:
-        raise ValueError(f"{name}:{error.lineno}: expected well-formed XML") from None
-    return tree.close()
+        return XML(data, XMLParser(target=NoDoctype()))
+    except (ParseError, LookupError, ValueError) as error:  # the last two: unknown encodings
+        raise ValueError(f"{name}: expected well-formed XML without DOCTYPE ({error})") from None
 
 
 HEADING = re.compile(r"^[ \t]*([A-Z][A-Z ()/,-]+):(?=\s)", re.MULTILINE)  # of a MIMIC-CXR report
@@ -900,66 +912,58 @@ def parse_report(text):
             for names in (("FINDING",), ("IMPRESSION", "CONCLUSION"))]
 
 
-def build_mimic(root, args, skipped):
+def build_mimic(official, args):
     """MIMIC-CXR-JPG: split, metadata and chexpert tables, .txt reports; frontal views"""
-    file = {key: find_file(root, f"mimic-cxr-2.*-{key}.csv")
-            for key in ("split", "metadata", "chexpert")}
     splits = {row["dicom_id"]: row["split"].replace("validate", "val")
-              for _, row in read_table(file["split"], "dicom_id", "split")}
-    labels = {row["study_id"]: conditions_of(where, row)
-              for where, row in read_table(file["chexpert"], "study_id", *CONDITIONS)}
-    images, last, report = Images(root), None, None
+              for _, row in official.table("mimic-cxr-2.*-split.csv", "dicom_id", "split")}
+    tables = official.table("mimic-cxr-2.*-chexpert.csv", "study_id", *CONDITIONS)
+    labels = {row["study_id"]: conditions_of(where, row) for where, row in tables}
     columns = ("dicom_id", "subject_id", "study_id", "ViewPosition")
-    for where, row in read_table(file["metadata"], *columns):
+    for where, row in official.table("mimic-cxr-2.*-metadata.csv", *columns):
         name, subject, number, view = (row[column] for column in columns)
         folder = f"files/p{subject[:2]}/p{subject}/s{number}"
         if view not in ("PA", "AP"):
-            skipped["view not PA or AP"] += 1
+            yield "view not PA or AP"
             continue
-        if splits.get(name) not in SPLITS:
-            raise ValueError(f"{where}: expected its dicom_id in {file['split']}, "
-                             "with split train, validate or test")
-        if number != last:
-            texts = (Path(root) / base / f"{folder}.txt" for base in ("", "mimic-cxr-reports"))
-            text, last = next(filter(Path.is_file, texts), None), number
-            report = text and join_text(*parse_report(text.read_text("utf-8", "replace")))
+        expect(splits.get(name) in SPLITS, where, "its dicom_id in mimic-cxr-2.*-split.csv, "
+               "with split train, validate or test")
+        texts = (official.root / base / f"{folder}.txt" for base in ("", "mimic-cxr-reports"))
+        text = next(filter(Path.is_file, texts), None)
+        report = text and join_text(*parse_report(text.read_text("utf-8", "replace")))
         if not report:
-            skipped["no report file" if report is None else "neither findings nor impression"] += 1
+            yield "no report file" if report is None else "neither findings nor impression"
             continue
         image = f"{folder}/{name}.jpg"
-        yield study(name, image, images.path(image), subject, splits[name], report=report,
+        yield study(name, image, official.path(image), subject, splits[name], report=report,
                     labels=labels.get(number, {}))
 
 
-def build_chexpert_plus(root, args, skipped):
+def build_chexpert_plus(official, args):
     """CheXpert Plus: its CSV, CheXbert labels and RadGraph-XL graphs; frontal views"""
-    parts, images = ("findings", "impression"), Images(root)
-    names = (f"chexbert_labels/{part}_fixed.json" for part in parts)
+    files = (official.file(f"chexbert_labels/{part}_fixed.json", required=False)
+             for part in ("findings", "impression"))
     labels = [{row["path_to_image"]: conditions_of(f"{file}:{line}", row)
-               for line, row in read_jsonl(file)}
-              for name in names if (file := find_file(root, name, required=False))]
-    files = {part: find_file(root, f"radgraph-XL-annotations/section_{part}.json", required=False)
+               for line, row in read_jsonl(file)} for file in files if file]
+    columns = ("path_to_image", "frontal_lateral", "deid_patient_id", "split")
+    parts = ("section_findings", "section_impression")
+    files = {part: official.file(f"radgraph-XL-annotations/{part}.json", required=False)
              for part in parts}
     graphs = {part: iter(read_json(file)) for part, file in files.items() if file}
-    columns = ("path_to_image", "frontal_lateral", "deid_patient_id", "split")
-    for where, row in read_table(find_file(root, "df_chexpert_plus_*.csv"), *columns,
-                                 *(f"section_{part}" for part in parts)):
+    for where, row in official.table("df_chexpert_plus_*.csv", *columns, *parts):
         own = [next(graphs[part], None) for part in graphs  # only sections of two words have one
-               if len(row[f"section_{part}"].split()) >= 2]
-        if None in own:
-            raise ValueError(f"{where}: expected a graph for each section, the list ends before")
+               if len(row[part].split()) >= 2]
+        expect(None not in own, where, "a graph for each section, the list ends before")
         path, view, patient, split = (row[column] for column in columns)
-        report = join_text(row["section_findings"], row["section_impression"])
+        report = join_text(*(row[part] for part in parts))
         if view != "Frontal" or not report:
-            skipped["neither findings nor impression" if view == "Frontal" else "not frontal"] += 1
+            yield "neither findings nor impression" if view == "Frontal" else "not frontal"
             continue
         found = merge_labels(*(table.get(path, {}) for table in labels)) if labels else None
-        yield study("/".join(path.split("/")[-3:-1]), path, images.path(path, f"PNG/{path}"),
+        yield study("/".join(path.split("/")[-3:-1]), path, official.path(path, f"PNG/{path}"),
                     patient, split.replace("valid", "val"), report=report, labels=found,
                     graph=merge_graphs(own) if own else None)
     for part in graphs:
-        if next(graphs[part], None) is not None:
-            raise ValueError(f"{files[part]}: expected one graph a section, got more")
+        expect(next(graphs[part], None) is None, files[part], "one graph a section, got more")
 
 
 def merge_labels(*sections):
@@ -985,81 +989,74 @@ def merge_graphs(records):
     return {"text": " ".join(words), "entities": entities}
 
 
-def build_chexpert5x200(root, args, skipped):
+def build_chexpert5x200(official, args):
     """CheXpert 5x200: GLoRIA's chexpert_5x200.csv (it has no seed) beside CheXpert's images"""
-    images = Images(root)
     names = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
-    file = find_file(root, "chexpert_5x200.csv", "chexpert_8x200.csv")
-    for where, row in read_table(file, "Path", *names):
+    tables = "chexpert_5x200.csv|chexpert_8x200.csv"
+    for where, row in official.table(tables, "Path", *names):
         path, short = row["Path"], row["Path"].split("/", 1)[-1]
-        if path.count("/") < 3:
-            raise ValueError(f"{where}: expected Path as CheXpert-v1.0/train/PATIENT/STUDY/IMAGE")
+        expect(path.count("/") > 2, where, "Path as CheXpert-v1.0/train/PATIENT/STUDY/IMAGE")
         patient, number = path.split("/")[-3:-1]
-        there = images.path(path, short, f"CheXpert-v1.0/{short}", f"CheXpert-v1.0-small/{short}")
+        there = official.path(path, short, f"CheXpert-v1.0/{short}", f"CheXpert-v1.0-small/{short}")
         yield study(f"{patient}/{number}", path, there, patient, "test",
                     targets={name: int(label(where, row[name]) == 1) for name in names},
                     report=join_text(row.get("Report Impression")) or None)
 
 
-def build_rsna(root, args, skipped):
+def build_rsna(official, args):
     """RSNA pneumonia: stage_2_train_labels.csv, GLoRIA's split (rsna-ab: without class Normal)"""
-    found, normal, images = {}, set(), Images(root)
-    file = find_file(root, "stage_2_train_labels.csv")
-    for where, row in read_table(file, "patientId", "Target"):
-        name = row["patientId"]
-        found[name] = max(found.get(name, 0), int(label(where, row["Target"]) == 1))
+    found, classes = Counter(), {}
+    for where, row in official.table("stage_2_train_labels.csv", "patientId", "Target"):
+        found[row["patientId"]] |= label(where, row["Target"]) == 1
     if args.command == "rsna-ab":
-        classes = ("Normal", "No Lung Opacity / Not Normal", "Lung Opacity")
-        file = find_file(root, "stage_2_detailed_class_info.csv")
-        for where, row in read_table(file, "patientId", "class"):
-            if row["class"] not in classes:
-                raise ValueError(f"{where}: expected class {', '.join(classes)}")
-            normal |= {row["patientId"]} if row["class"] == "Normal" else set()
+        known = ("Normal", "No Lung Opacity / Not Normal", "Lung Opacity")
+        for where, row in official.table("stage_2_detailed_class_info.csv", "patientId", "class"):
+            expect(row["class"] in known, where, f"class {', '.join(known)}")
+            classes[row["patientId"]] = row["class"]
     names = sorted(found)
     for name, split in zip(names, glorias_split(names), strict=True):
-        if name in normal:
-            skipped["class Normal"] += 1
-            continue
-        yield study(name, f"stage_2_train_images/{name}.dcm", images.name(name), name, split,
-                    targets={"Pneumonia": found[name]})
+        yield "class Normal" if classes.get(name) == "Normal" else study(
+            name, f"stage_2_train_images/{name}.dcm", official.name(name), name, split,
+            targets={"Pneumonia": found[name]})
 
 
-def build_siim(root, args, skipped):
+def build_siim(official, args):
     """SIIM pneumothorax: masks to labels, one line an image, GLoRIA's shares"""
-    rows, found, images = [], {}, Images(root)
-    file = find_file(root, "train-rle.csv", "stage_2_train.csv", "*train-rle.csv")
-    for _, row in read_table(file, "ImageId", "EncodedPixels"):
+    rows, found = [], Counter()
+    tables = "train-rle.csv|stage_2_train.csv|*train-rle.csv"
+    for _, row in official.table(tables, "ImageId", "EncodedPixels"):
         rows.append(row["ImageId"])
-        found[rows[-1]] = max(found.get(rows[-1], 0), int(row["EncodedPixels"] not in ("", "-1")))
+        found[row["ImageId"]] |= row["EncodedPixels"] not in ("", "-1")
     # ASSUMPTION: SIIM is split by image, its ids sorted, so that no image leaks into test.
     names = rows if args.glorias_rows else sorted(found)
     for k, (name, split) in enumerate(zip(names, glorias_split(names), strict=True)):
         yield study(f"{name}/{k}" if args.glorias_rows else name, f"dicom-images-train/{name}.dcm",
-                    images.name(name), name, split, targets={"Pneumothorax": found[name]})
+                    official.name(name), name, split, targets={"Pneumothorax": found[name]})
 
 
-def build_vindr(root, args, skipped):
+def build_vindr(official, args):
     """VinDr-CXR: consensus for test, any reader for train; Kaggle's train.csv is split by hash"""
-    images, official = Images(root), find_file(root, "image_labels_test.csv", required=False)
-    for part in ("train", "test") if official else ("train",):
-        file = find_file(root, f"image_labels_{part}.csv" if official else "train.csv")
-        found = _vindr_labels(file, official)
+    kaggle = not official.file("image_labels_test.csv", required=False)
+    mark = "class_name" if kaggle else "No finding"
+    for part in ("train",) if kaggle else ("train", "test"):
+        file = "train.csv" if kaggle else f"image_labels_{part}.csv"
+        found = _vindr_labels(official.table(file, "image_id", mark), kaggle)
         names = sorted(found)
         # ASSUMPTION: VinDr's val is CXR-CLIP's 20 % of the train images, drawn from the sorted ids.
         val = set(permuted(names, 0.2)[1]) if part == "train" else ()
         for name in names:
             targets = found[name] | {"No Finding": int(not any(found[name].values()))}
-            split = ("val" if name in val else part) if official else split_of(name)
-            yield study(name, f"{part}/{name}.dicom", images.name(name), name, split,
+            split = split_of(name) if kaggle else "val" if name in val else part
+            yield study(name, f"{part}/{name}.dicom", official.name(name), name, split,
                         targets=targets)
 
 
-def _vindr_labels(file, official):
+def _vindr_labels(rows, kaggle):
     """image id -> 0 or 1 of every finding: 1 if any reader marked it."""
     found, classes = {}, {}
-    for where, row in read_table(file, "image_id", "No finding" if official else "class_name"):
+    for where, row in rows:
         own = found.setdefault(row.pop("image_id"), set())
-        marks = row if official else {row["class_name"]: 1}
+        marks = {row["class_name"]: 1} if kaggle else row
         marks = {class_name(name): label(where, value) for name, value in marks.items()
                  if name.lower() != "rad_id"}
         own |= {name for name, value in marks.items() if value == 1}
@@ -1073,28 +1070,27 @@ CXR14 = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nod
          "Hernia", "No Finding")
 
 
-def build_cxr14(root, args, skipped):
+def build_cxr14(official, args):
     """ChestX-ray14: Data_Entry_2017 with the official lists, else split by patient"""
-    images, pairs = Images(root), probmed_pairs(args.probmed) if args.probmed else None
-    lists = [find_file(root, f"{name}_list.txt", required=False) for name in ("train_val", "test")]
-    known, test = ({stem(line.strip()) for line in open(f)} if f else set() for f in lists)
+    pairs = probmed_pairs(args.probmed) if args.probmed else None
+    lists = [official.file(f"{name}_list.txt", required=False) for name in ("train_val", "test")]
+    known, test = (set(map(stem, f.read_text().split())) if f else set() for f in lists)
     if not all(lists):
         print("no train_val_list.txt and test_list.txt: split by patient, not the official split")
-    file = find_file(root, "Data_Entry_2017_v2020.csv", "Data_Entry_2017*.csv")
-    for where, row in read_table(file, "Image Index", "Finding Labels", "Patient ID"):
+    tables = "Data_Entry_2017_v2020.csv|Data_Entry_2017*.csv"
+    for where, row in official.table(tables, "Image Index", "Finding Labels", "Patient ID"):
         own, patient = row["Finding Labels"].split("|"), row["Patient ID"]
         name = stem(row["Image Index"])
-        if not set(own) <= set(CXR14):
-            raise ValueError(f"{where}: expected Finding Labels out of {', '.join(CXR14)}")
-        if all(lists) and name not in known | test:
-            raise ValueError(f"{where}: expected its image in one of the official lists")
+        expect(set(own) <= set(CXR14), where, f"Finding Labels out of {', '.join(CXR14)}")
+        right = name in known or name in test or not all(lists)
+        expect(right, where, "its image in one of the official lists")
         if pairs is not None and name not in pairs:
-            skipped["not among ProbMed's images"] += 1
+            yield "not among ProbMed's images"
             continue
         split = split_of(patient)
         if all(lists):
             split = "test" if name in test else "val" if split == "val" else "train"
-        yield study(name, f"images/{row['Image Index']}", images.name(name), patient, split,
+        yield study(name, f"images/{row['Image Index']}", official.name(name), patient, split,
                     targets={class_name(c): int(c in own) for c in CXR14},
                     **(pairs or {}).get(name, {}))
 
@@ -1108,8 +1104,8 @@ def probmed_pairs(path):
 
     asked, out = {}, {}
     for k, item in enumerate(read_json(path)):
-        if not isinstance(item, dict) or not {"image", "qa_type", "question"} <= item.keys():
-            raise ValueError(f"{path}: expected image, qa_type and question in entry {k}")
+        right = isinstance(item, dict) and {"image", "qa_type", "question"} <= item.keys()
+        expect(right, path, f"image, qa_type and question in entry {k}")
         asked.setdefault(stem(item["image"]), {})[item["qa_type"]] = item["question"]
     for image, own in asked.items():
         pairs = {kind: (question, own[kind.replace("_gt", "_hallu")])
@@ -1120,28 +1116,21 @@ def probmed_pairs(path):
     return out
 
 
-def build_cxr_align(root, args, skipped):
+def build_cxr_align(official, args):
     """CXR-Align's cxr-align.json (Sec. 3) beside its images"""
-    images, file = Images(root), find_file(root, "cxr-align.json")
+    file = official.file("cxr-align.json")
     for source, items in read_json(file).items():
         for k, (name, item) in enumerate(items.items()):
             texts = [item.get(key) for key in ("report", "negation", "omitted")]
             condition = CLASS_NAMES.get(str(item.get("chosen")).lower())
-            if condition is None or not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"{file}: expected chosen, report, negation and omitted in "
-                                 f"{source}, entry {k}")
-            path = images.name(name)
+            expect(condition and all(isinstance(text, str) for text in texts), file,
+                   f"chosen, report, negation and omitted in {source}, entry {k}")
+            path = official.name(name)
             patient = re.search(r"/p(\d{8})/", path or "")  # in MIMIC-CXR-JPG's folders
             negative = {"condition": condition, "omitted": texts[2], "report": texts[1],
                         "position": item.get("location")}
             yield study(name, f"images/{name}.jpg", path, patient[1] if patient else name, "test",
                         report=texts[0], hard_negatives=[negative])
-
-
-def build_phantom(root, args, skipped):
-    """Drawn chests with matching reports: the embedded default, no patient's data"""
-    return phantom_records(root, args.studies, args.size, args.seed, args.normal_fraction,
-                           args.duplicates)
 
 
 BUILDERS = {"openi": build_openi, "mimic": build_mimic, "chexpert-plus": build_chexpert_plus,
@@ -1154,11 +1143,9 @@ BUILDERS = {"openi": build_openi, "mimic": build_mimic, "chexpert-plus": build_c
 
 def run_jobs(function, jobs, workers, title):
     """function over jobs, in order, in so many processes (0: this one), with a progress bar."""
-    if not workers:
-        yield from tqdm(map(function, jobs), title, len(jobs), disable=None)
-        return
-    with multiprocessing.Pool(workers) as pool:
-        yield from tqdm(pool.imap(function, jobs, 16), title, len(jobs), disable=None)
+    with multiprocessing.Pool(workers) if workers else contextlib.nullcontext() as pool:
+        results = pool.imap(function, jobs, 16) if pool else map(function, jobs)
+        yield from tqdm(results, title, len(jobs), disable=None)
 
 
 def _shrink(job):
@@ -1183,8 +1170,7 @@ def cache(path, out, size=256, crop=False, workers=0, image_root=None):
     """Copies of all images with that shorter side, and a manifest in out; resumes."""
     manifest, target = Manifest(path, image_root=image_root), Path(out) / Path(path).name
     folder = (Path(out) / f"{size}px{'-cropped' * crop}").resolve()
-    if target.resolve() == Path(path).resolve():
-        raise ValueError(f"{out}: expected another folder than the manifest's")
+    expect(target.resolve() != Path(path).resolve(), out, "another folder than the manifest's")
     names, jobs = [], []
     for i in range(len(manifest)):
         record = manifest[i]
@@ -1192,6 +1178,7 @@ def cache(path, out, size=256, crop=False, workers=0, image_root=None):
         names.append(f"{digest[:2]}/{digest}.jpg")
         jobs.append((manifest.image_path(record), folder / names[i], size, crop))
     reasons = list(run_jobs(_shrink, jobs, workers, "cache"))
+    expect(None in reasons, path, "images that can be read (is --image-root right?)")
     with open_atomic(target) as file:
         for i, name in enumerate(names):
             if reasons[i] is None:
@@ -1201,22 +1188,6 @@ def cache(path, out, size=256, crop=False, workers=0, image_root=None):
     print(target, aligned({"studies": len(names) - len(wrong), "left out, unreadable": len(wrong)}),
           sep="\n")
     return wrong
-
-
-def _validate(where, record):
-    """The types that _parse leaves open; ValueError names the line and what was expected."""
-    def expect(right, what):
-        if not right:
-            raise ValueError(f"{where}: expected {what}")
-
-    for k, side in enumerate([record, *(record.get("hard_negatives") or ())]):
-        expect(isinstance(side, dict) and isinstance(side.get("report", ""), str), "report as text")
-        labels = side.get("labels") or {}
-        expect(set(labels) <= set(CONDITIONS) and set(labels.values()) <= {1, 0, -1},
-               "labels of CheXbert's 14 conditions as 1, 0 or -1")
-        expect(k == 0 or side.get("condition") in CONDITIONS, "a condition in each hard negative")
-        read_radgraph(side.get("graph") or {})
-    expect(set((record.get("targets") or {}).values()) <= {0, 1}, "targets as 0 or 1")
 
 
 def check(path, image_root=None, workers=0):
@@ -1231,7 +1202,7 @@ def check(path, image_root=None, workers=0):
                 record = _parse(f"{path}:{line}", raw)
                 _validate(f"{path}:{line}", record)
                 jobs.append((image_path(record, path, image_root), None, 0, False))
-            except (ValueError, TypeError, AttributeError) as error:
+            except ValueError as error:
                 wrong.append(f"{path}:{line}: {str(error).split(': ', 1)[-1]}")
                 continue
             lines.append(line)
@@ -1239,7 +1210,7 @@ def check(path, image_root=None, workers=0):
             ids[record["id"]] += 1
             splits[split] += 1
             reports[record.get("report", "")] += 1
-            patients.setdefault(record.get("patient", record["id"]), set()).add(split)
+            patients.setdefault(str(record.get("patient", record["id"])), set()).add(split)
             classes.update((field, name, value) for field in ("labels", "targets")
                            for name, value in (record.get(field) or {}).items())
     reasons = run_jobs(_shrink, jobs, workers, "images")
@@ -1289,30 +1260,30 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=style)
     commands = parser.add_subparsers(dest="command", required=True, metavar="SET|check|cache")
     for name, build in BUILDERS.items():
-        sub = commands.add_parser(name, help=build.__doc__, formatter_class=style)
-        sub.add_argument("root", help="folder of the official download (phantom: to draw into)")
-        sub.add_argument("--out", required=True, help="manifest to write (JSON Lines)")
-        sub.add_argument("--keep-missing", action="store_true", help="keep studies with no image")
+        add = commands.add_parser(name, help=build.__doc__, formatter_class=style).add_argument
+        add("root", help="folder of the official download (phantom: to draw into)")
+        add("--out", required=True, help="manifest to write (JSON Lines)")
+        add("--keep-missing", action="store_true", help="keep studies with no image")
         if name == "siim":
-            sub.add_argument("--glorias-rows", action="store_true",
-                             help="split rows as GLoRIA did: images leak into test")
+            add("--glorias-rows", action="store_true",
+                help="split rows as GLoRIA did: images leak into test")
         if name == "cxr14":
-            sub.add_argument("--probmed", metavar="test.json", help="its images and pairs only")
+            add("--probmed", metavar="test.json", help="its images and pairs only")
         if name == "phantom":
-            sub.add_argument("--studies", type=int, default=3000, help="number of studies")
-            sub.add_argument("--size", type=int, default=64, help="side in pixels")
-            sub.add_argument("--seed", type=int, default=0, help="another seed is another data set")
-            sub.add_argument("--normal-fraction", type=float, default=0.45, help="normals (Tab. 1)")
-            sub.add_argument("--duplicates", type=int, default=0, help="more, alike (Tab. 3)")
+            add("--studies", type=int, default=3000, help="number of studies")
+            add("--size", type=int, default=64, help="side in pixels")
+            add("--seed", type=int, default=0, help="another seed is another data set")
+            add("--normal-fraction", type=float, default=0.45, help="normals (Tab. 1)")
+            add("--duplicates", type=int, default=0, help="more, alike (Tab. 3)")
     for name, run in (("check", check), ("cache", cache)):
-        sub = commands.add_parser(name, help=run.__doc__, formatter_class=style)
-        sub.add_argument("manifest", help="JSON Lines of any of the sets")
-        sub.add_argument("--image-root", help="replaces every record's root")
-        sub.add_argument("--workers", type=int, default=0, help="processes that read images")
+        add = commands.add_parser(name, help=run.__doc__, formatter_class=style).add_argument
+        add("manifest", help="JSON Lines of any of the sets")
+        add("--image-root", help="replaces every record's root")
+        add("--workers", type=int, default=0, help="processes that read images")
         if name == "cache":
-            sub.add_argument("--out", required=True, help="folder to write into; resumes")
-            sub.add_argument("--size", type=int, default=256, help="shorter side in pixels")
-            sub.add_argument("--crop-borders", action="store_true", help="black ones (App. B.1)")
+            add("--out", required=True, help="folder to write into; resumes")
+            add("--size", type=int, default=256, help="shorter side in pixels")
+            add("--crop-borders", action="store_true", help="black ones (App. B.1)")
     for sub in commands.choices.values():
         sub.add_argument("--sheet", metavar="F.png", help="also draw twelve of the images")
     return parser.parse_args(argv)
@@ -1327,12 +1298,11 @@ def main(argv=None):
         size, crop = args.size, args.crop_borders
         wrong = cache(manifest, args.out, size, crop, args.workers, args.image_root)
     else:
-        if args.command != "phantom" and not Path(args.root).is_dir():
-            raise ValueError(f"{args.root}: expected the folder of the official download")
-        skipped = Counter()
-        records = BUILDERS[args.command](args.root, args, skipped)
-        name, keep = args.command, args.keep_missing
-        print(manifest, write_manifest(name, records, args.root, manifest, keep, skipped), sep="\n")
+        right = args.command == "phantom" or Path(args.root).is_dir()
+        expect(right, args.root, "the folder of the official download")
+        records = BUILDERS[args.command](Download(args.root), args)
+        summary = write_manifest(args.command, records, args.root, manifest, args.keep_missing)
+        print(manifest, summary, sep="\n")
     if args.sheet:
         draw_sheet(manifest, args.sheet, getattr(args, "image_root", None))
     for line in wrong[:20]:

@@ -433,7 +433,7 @@ def zero_shot(bench):
 
     return bench.measure(
         columns, statistic, row={f"ZS {'ACC' if 'acc' in headline else 'AUC'}": headline},
-        chance={"5-way": 0.2, "AUROC": 0.5, "accuracy": 0.5},
+        chance={"5-way": 0.2, "AUROC": 0.5},
         prompts={name: prompts(name) for name in classes},
         positive_negative={name: [int((truth[:, k] == value).sum()) for value in (1, 0)]
                            for k, name in enumerate(classes)})
@@ -519,7 +519,7 @@ def fine_tune(bench):
         {}, lambda weights: {f"{label} {name}": value for label, part in statistics.items()
                              for name, value in part(weights).items()},
         row={f"{label} AUC": f"{label} macro AUROC" for label in statistics},
-        chance={"AUROC": 0.5, "accuracy": 0.5}, classes=names,
+        chance={"AUROC": 0.5}, classes=names,
         train={str(share): len(rows) for share, rows in chosen.items()})
 
 

@@ -50,7 +50,8 @@ STOP = (r"(?!(?:but|with(?! \w+ limits)|without|however|there|although|while|no|
         r"effusions?|which|abnormal|")
 GAP = (rf"(?:[,:]? {STOP}enlarged|widened|prominent|tortuous|borderline)\b)[\w'/-]+)"
        r"{0,9}?[,:]? ")
-NEAR = rf"(?: {STOP}normal|and|pulmonary|lungs?|aort\w+|or|unremarkable)\b)[\w'/-]+){{0,5}}? "
+NEAR = (rf"(?: {STOP}normal|and(?! (?:\w+ly )?enlarged)|pulmonary|lungs?|aort\w+|or|"
+        r"unremarkable)\b)[\w'/-]+){0,6}? ")
 FINE = (r"(?:normal|unremarkable|not remarkable|within limits|not (?:\w+ )?(?:enlarged|widened|"
         r"prominent)|(?:upper|top|high)[ -](?:limits? (?:of )?|range of |of )?(?:the )?normal|"
         r"upper limits?)")  # the upper limit of normal is normal, "borderline" is uncertain
@@ -64,8 +65,8 @@ FINDINGS = {
         (?:cardiac|ventricular) enlargement; {BIG}(?: of)?(?: \w+)?(?: \w+)? {HEART};
         {HEART}{NEAR}{BIG}""",
     "Lung Opacity": r"""-(?:lungs?|lung (?:fields?|bases|zones|\w+)|hemithora*)(?: (?:are|is|
-        remains?|appears?|fields?|\w+ly|otherwise|both|well|expanded|and|normally|inflated|
-        aerated)){0,5} clear(?! of); -clear(?: \w+)? lungs?; (?:\w+ )?opaci(?:ty|ties|fi*);
+        remains?|appears?|fields?|\w+ly|otherwise|both|well|expanded|and|but|normally|inflated|
+        aerated)){0,5}:? clear(?! of); -clear(?: \w+)? lungs?; (?:\w+ )?opaci(?:ty|ties|fi*);
         infiltrat*; air[ -]?space (?:disease|process|\w+ disease); haz(?:e|y|iness);
         ground[ -]glass; (?:lung|pulmonary|airspace|increased|patchy|hazy|vague|streaky|
         ill-defined) densit*""",
@@ -75,12 +76,12 @@ FINDINGS = {
         cancers?; metasta*; (?:lung|pulmonary|cavit*|focal) lesions?""",
     "Edema": r"(?<!tissue )(?:(?:pulmonary|interstitial|alveolar) ){0,2}o?edema",
     "Consolidation": "consolidat*",
-    "Pneumonia": r"""(?:broncho)?pneumoni(?:as?|ae|tis);
+    "Pneumonia": r"""(?:broncho)?pneumoni(?:as?|ae|tis); pna;
         (?<!granulomatous )(?<!prior )(?<!old )(?<!remote )infecti*(?: process| etiology)?""",
-    "Atelectasis": r"""atelecta*; (?:lobar|lobe|lung) collapse; collaps* (?:\w+ )?(?:lobe|lung)""",
+    "Atelectasis": r"atelecta*; (?:lobar|lobe|lung) collapse; collaps* (?:\w+ ){0,4}(?:lobe|lung)",
     "Pneumothorax": "(?:hydro)?pneumo-?thora*; ptx",
     "Pleural Effusion": r"""-pleural spaces?(?: \w+)? clear; (?<!pericardial )(?<!joint )effusions?;
-        pleural (?:\w+ )?fluid; hydropneumothora*; ha?emothora*""",
+        pleural (?:\w+ )?fluid; fluid in the (?:\w+ )?fissures?; hydropneumothora*; ha?emothora*""",
     "Pleural Other": r"""pleural(?:[- ]\w+)? (?:thicken*|scar*|plaques?|calcif*|capping|cap);
         thicken* of the (?:\w+ )?pleura; (?:bi)?apical cap*; pleuro-?parenchymal *; fibrothorax""",
     "Fracture": "fractur*",
@@ -89,23 +90,26 @@ FINDINGS = {
         (?:infusion|chest) port; prosthe*; hardware; screws?; stents?; (?:pacer|pacing|icd|aicd|
         ventricular|monitor*) (?:\w+ )?(?:leads?|wires?); a?icd; defibrillators?; stimulators?;
         (?:sternal|sternotomy|cerclage) (?:wires?|sutures?); (?:\w+ )?clips?; (?:\w+ )?devices?;
-        generators?; balloon pump; (?:prosthetic|mechanical|artificial|bioprosthetic) (?:\w+ )?
+        generators?; balloon pump; etts?; ngt; ogt; iabp; lvad; rvad; cvc; cvl; swan-ganz; dob+hoff;
+        *cannulas?; (?:prosthetic|mechanical|artificial|bioprosthetic) (?:\w+ )?
         valves?; valve (?:replacement|prosthesis); (?:pigtail|chest|pleural) drains?""",
     OTHER: r"""*granulom*; scar(?:s|red|ring)?; *emphysem*; copd; obstructive; fibro(?:sis|tic);
         hyper-?(?:inflat|expan|aerat|lucen)*; hypo-?(?:inflat|aerat|ventil)*; *scolio*; *kypho*;
         curvature; post-?traumatic; spond*; degenerat*; osteophyt*; arthr*; spur*; deminerali*;
         osteo(?:pen|por)*; hernia*; tort[uo]+r?o*; ectat*; ectasia; unfold*; uncoil*; calcif*;
         *sclero(?:sis|tic); aneurysm*; eventrat*; elevat*; volume loss; *adenopath*; congesti*;
-        bronchiectas*; thicken*; engorge*; prominen*; enlarge*; deformit*; dislocat*; cysts?;
-        cystic; bull(?:a|ae|ous); blebs?; cavit(?:y|ary|ation); sarcoid*; tubercul*; hyperosto*;
+        bronchiectas*; thicken*; engorge*; (?<!less )(?<!more )prominen*; enlarge*; deformit*;
+        dislocat*; cysts?; cystic; bull(?:a|ae|ous); blebs?; cavit(?:y|ary|ation); sarcoid*;
+        tubercul*; hyperosto*; fluid overload; cephali[sz]*; redistribut*;
         (?:low|small|decreased|diminished|reduced) (?:lung )?(?:volumes?|inspir*); foreign bod*;
-        volumes? (?:are |is )?(?:low|decreased); (?:increased|coarse*|crowd*) (?:\w+ )?(?:\w+ )?
-        markings; crowding; blunt*; flatten*; pectus; lucen*; heart failure; chf; hypertension;
-        pneumoperitone*; free (?:\w+ )?air; shift*; deviat*; fullness; sternotomy; *ectomy; cabg;
-        (?:post-?)?(?:surg|operat)* change*; bypass; effusions?; densit(?:y|ies); lesions?; injur*;
-        distort*; retract*; chronic \w+ (?:change|disease)*; abnormalit*;
-        (?:\w+ )?(?:process|disease); (?:acute|abnormal|significant|active|*pulmonary|bony|osseous)
-        findings?""",
+        volumes? (?:(?:are|is|remains?) )?(?:low|decreased);
+        (?:increased|coarse*|crowd*) (?:\w+ )?(?:\w+ )?markings; crowding; blunt*; flatten*;
+        pectus; lucen*; heart failure; chf; hypertension; pneumo(?:periton|mediastin)*;
+        free (?:\w+ )?air; shift*; deviat*; fullness; sternotomy; *ectomy; cabg;
+        (?:post-?)?(?:surg|operat)* change*; bypass; effusions?; densit(?:y|ies); lesions?;
+        injur*; distort*; retract*; chronic \w+ (?:change|disease)*; abnormalit*;
+        (?:\w+ )?(?:process|disease);
+        (?:acute|abnormal|significant|active|*pulmonary|bony|osseous) findings?""",
 }
 # no: denies what follows; denied: what precedes; maybe: hedges what follows; hedge: either;
 # ignore: nothing is said of this image; skip: a look-alike; end: of a scope. The first match wins.
@@ -113,32 +117,39 @@ TRIGGERS = (
     ("hedge", r"""(?:cannot|can not|can't|could not|not|difficult to|hard to)(?: \w+)? (?:be )?
         (?:entirely |completely |definitely )?(?:excluded?|rule out|ruled out);
         (?:is |are )?not (?:entirely |completely )?excluded"""),
-    ("skip", r"""(?:no|not|without)(?: \w+){0,2}? (?:changed?|changes (?:in|from|since)|increased?|
-        decreased?|difference|worsen*|improve*|progress*)\b(?: in| of)?; no (?:comparison|priors?|
-        previous); not (?:only|include*|(?:well |fully |completely )?(?:evaluated|assessed));
+    ("still", r"""(?:no|not|without|little)(?: \w+){0,2}? (?:changed?|changes (?:in|from|since)|
+        increased?|decreased?|difference|worsen*|improve*|progress*)\b(?: in| of)?"""),
+    ("skip", r"""no (?:comparison|priors?|previous); not (?:only|include*|
+        (?:well |fully |completely )?(?:evaluated|assessed));
         (?:compatible|consistent|associated|in keeping|correlat*|along|together) with;
         (?:not|better)(?: \w+)? (?:seen|visuali[sz]ed|present|noted|apparent|identified|
         appreciated) (?:\w+ )?on (?:the )?(?:\w+ )?(?:prior|previous|lateral|frontal);
-        (?:near|nearly|almost|partial|incomplete)[- ](?:\w+ )?(?:resol|clear)*(?: of)?"""),
-    ("denied", r"""(?:is|are|was|were|has|have|had)(?: now| since| been| \w+ly){0,3}
-        (?:ruled out|excluded|absent|resolved|cleared|removed|gone); ruled out; unlikely;
+        (?:near|almost|most|large|partial|incomplete)(?:ly)?[- ](?:\w+ )?(?:resol|clear)*(?: of)?
+        """),
+    ("denied", r"""(?:is|are|was|were|has|have|had|can be)(?: now| since| been| (?!near|
+        most|large|part|incompl)\w+ly){0,3} (?:ruled out|excluded|absent|resolved|cleared|gone|
+        discontinued); ruled out; removed; removal(?! of); unlikely;
+        : (?:none|no|absent|negative)(?=\W{0,9}$);
         (?:not|no longer) (?:\w+ )?(?:seen|visuali[sz]ed|identified|present|evident|noted|
-        demonstrated|appreciated|detected|found)"""),
+        demonstrated|appreciated|detected|found)(?! (?:is|are))"""),
     ("ignore", r"""recommend*; advise*; correlat*; evaluat* (?:for|of|to); assess* (?:for|of);
         sensitive; obscur*; history of; h/o; please note; to identify; look for; f/u;
-        follow-?up"""),
+        follow-?up; (?:ensure|document|confirm|until)(?: \w+){0,2} (?:resol|clear)*(?: of)?"""),
     ("no", r"""(?:negative|free|clear) (?:for|of|from); no longer; rather than; instead of; no;
         (?:interval |complete )?(?:removal|resolution|clearing|absence) of; resolved; not; without;
         w/o; never; neither; nor; denies; absent; non"""),
     ("hedge", r"""(?:is |are )?(?:also |again )?(?:suspected|questioned|possible|considered|
-        favou?red)(?=\W{0,9}$); \?; (?:is|are) (?:possible|suspected|questioned|considered|likely|
-        probable|in the differential)"""),
+        favou?red)(?=\W{0,9}$); \?; (?:(?:is|are)(?: less| more| most)?|(?:should|must|
+        would)(?: also)? be) (?:possible|suspected|questioned|considered|likely|probable|presumed|
+        in the differential)"""),
     ("maybe", r"""(?:may|might|could)(?: also| well)?(?: be)?(?: (?:secondary|due|related) to)?;
         possibl[ey]; probabl[ey]; likely; suspect*; suspicious; concern*; question*; consider*;
         suggest*; perhaps; potential*; worrisome; presum*; doubt*; rule out; exclude; versus; vs;
         differential; equivocal; apparent; borderline; if"""),
     ("end", r"""but; however; although; though; except; aside from; other than; otherwise; which;
-        apart from; secondary to; because; while; whereas; yet; [\x3b:]; ,? with"""),
+        apart from; secondary to; status post; s/p;
+        (?:after|following)(?=(?: \w+){0,3} (?:place|remov|insert|intubat)*); because; while;
+        whereas; yet; [\x3b:]; ,? with"""),
     ("end", r"""(?:,|and)(?= (?:the|there|stable|heart(?! enlarg)|lungs?(?! (?:lesion|nodul|mass|
         opac|consol|infiltr))|cardi(?!omegaly|ac enlarg)*|cardiomegaly (?:is|was|remains|persists|
         has)|mediast*|is|are|possibl[ey]|probabl[ey]|likely|may|with|consistent|compatible|
@@ -147,28 +158,38 @@ TRIGGERS = (
         tortuous|degenerative|normal|prominent|calcified|chronic|healed|bilateral|left|right|
         multiple|hyper*) (?![^.\x3b]{0,200}\b(?:or|nor)\b))"""),  # not in "no X, large Y or Z"
 )
-PRIOR = "(?:prior|previous|earlier|preceding|last|comparison|old|outside|recent)"
-STUDY = ("(?:exam*|stud(?:y|ies)|radiographs?|films?|x-?rays?|ct|xxxx|chest|scans?|images?|"
-         "yesterday)")
-SINCE = (rf"(?: (?:the|a|an|his|her|most|that|of|immediate|{PRIOR})){{0,5}} (?:{PRIOR}|"
-         rf"(?:\w+ )?{STUDY})(?: (?:{STUDY}|from|dated|of|on|\d[\d/]{{0,9}})){{0,6}}")
-TIME = rf"""(?:when |as )?(?:compar(?:ed|ing|ison)|in comparison|relative|unchanged|stable|differ*|
-    similar(?: in appearance)?|change[ds]?)(?: \w+ly)? (?:to|with|from|since){SINCE};
-    (?:seen |noted |\w+er |more \w+ )?(?:since|from|on|as of|than(?: on)?)(?= (?:\w+ ){{0,3}}?
-    {PRIOR}){SINCE}; (?:as|similar to) before; (?:in|over|during) the interval; in the interim;
-    (?:similar|stable|unchanged) (?:in )?appearance of(?: the)?; redemonstrat(?:ed|ion of);
-    (?:no|without)(?: \w+)?(?: \w+)? (?:changes?|progression|improvement|worsening|increase|
-    decrease)(?: (?:in|of)(?: the)?(?: (?:size|appearance)(?: of)?(?: the)?)?|(?=$|\W?(?:since|from|
-    compared|[,.]))); interval (?:development|appearance|increase|decrease|worsening|change|
-    improvement|progression|placement|enlargement)s?(?: of| in)?(?: the)?; persists?;
-    (?:not |no )?(?:significantly |essentially |relatively |grossly |overall )?(?:unchanged|
-    changed|stable)(?: in (?:appearance|size|position|configuration))?; new(?! york);
-    (?:increase|decrease) in(?: the)? size of(?: the)?; (?:\w+ly |further )?(?:worsen(?:ed|ing)|
-    interval|improv(?:ed|ing)|resolving|enlarging|(?:in|de)creasing|persistent(?:ly)?|recurrent|
-    residual); (?:has|have|is|are) (?:\w+ly )?(?:increased|decreased|progressed|developed|improved|
-    worsened)(?: in (?:size|number|extent))?; (?:\w+ly )?
-    (?:increased|decreased)(?=$|\W?(?:since|from|compared|[,.])); (?:again|previously|newly|
-    now)(?: (?:seen|noted|demonstrated|identified|described|is|are)){{0,2}}"""
+PRIOR = "(?:prior|previous|earlier(?: in the day)?|preceding|last|comparison|old|outside|recent)"
+STUDY = ("(?:exam*|stud(?:y|ies)|(?:radio|tomo)graphs?|films?|x-?rays?|ct|xxxx|_{2,}|chest|scans?|"
+         "images?|yesterday|today|morning)")
+GRADED = "(?:slight|mild|minimal|marked|significant|further|some)(?:ly)?"
+AGO = r"(?:performed )?(?:\w+|\d+) (?:minutes?|hours?|days?|weeks?|months?|years?) (?:ago|earlier)"
+SINCE = (rf"(?: (?:the|a|an|his|her|most|that|this|of|immediate|{PRIOR})){{0,5}} (?:{PRIOR}|{AGO}|"
+         rf"(?:\w+ )?{STUDY}|(?:19|20)\d\d)(?: (?:{STUDY}|{AGO}|from|dated|of|on|at|performed|"
+         r"\d[\d/:]{0,9}|[ap]\.?m\b\.?)){0,6}")
+STEADY = "(?:unchanged|changed|stable)(?: in (?:appearance|size|position|configuration))?"
+MORE = "(?:increase|decrease|worsening|improvement|progression|reduction)s?"
+TIME = rf"""(?:when |as )?(?:compar(?:ed|ing|ison)|in comparison|relative|{STEADY}|differ*|
+    similar(?: in appearance)?|changes?)(?: \w+ly)? (?:to|with|from|since){SINCE};
+    (?:(?:not |as |better )?(?:\w+ly |well )?(?:seen|noted|\w+er|worse|more \w+|less \w+) )?
+    (?:since|from|on|as of|than(?: on)?)(?= (?:\w+ ){{0,3}}?(?:{PRIOR}|yesterday|_{{2,}}|
+    {AGO})){SINCE}; since (?:19|20)\d\d; (?:as|similar to) before; (?:in|over|during) the interval;
+    in the interim; redemonstrat(?:ed|ion of); (?:similar|stable|unchanged) (?:in )?appearance
+    of(?: the)?(?: chest with)?;
+    (?:no|without|little)(?: \w+)?(?: \w+)? (?:changes?|progression|improvement|worsening|increase|
+    decrease)(?: (?:in|of)(?: the)?(?: (?:size|appearance|extent)(?: of)?(?: the)?)?|
+    (?=$|\W?(?:since|from|compared|[,.]))); (?:{GRADED} )?interval (?:development|appearance|change|
+    placement|enlargement|{MORE})s?(?: of| in)?(?: the)?; persists?;
+    (?:not |no )?(?:significantly |essentially |relatively |grossly |overall )?{STEADY};
+    new(?! york); (?:{GRADED} )?{MORE} (?:in|of)(?: the)?(?: size of)?(?: the)?;
+    (?:\w+ly )?(?:less|more) (?:prominent|conspicuous|apparent|evident|pronounced|
+    extensive)(?! than| on| in| at); (?:\w+ly )?(?:larger|smaller|worse)(?! than| on| in| at);
+    (?:\w+ly |further )?(?:worsen(?:ed|ing)|interval|improv(?:ed|ing)|resolving|enlarging|
+    (?:in|de)creasing|persistent(?:ly)?|continued|recurrent|residual); (?:has|have|is|are) (?:\w+ly
+    )?(?:increased|decreased|progressed|developed|improved|worsened)(?: in (?:size|number|extent))?;
+    (?:\w+ly )?(?:increased|decreased)(?: in size)?(?=$|\W?(?:since|from|compared|[,.]));
+    in (?:unchanged|stable|similar) (?:position|location|appearance);
+    (?:once again|again|previously|newly|now)(?: (?:seen|noted|demonstrated|identified|described|
+    is|are)){{0,2}}"""
 NOUNS = {  # how a condition is denied: nouns for TEMPLATES; a capital starts a whole sentence
     "Enlarged Cardiomediastinum": ("mediastinal widening", "mediastinal enlargement",
                                    "The mediastinum is normal in width."),
@@ -178,12 +199,9 @@ NOUNS = {  # how a condition is denied: nouns for TEMPLATES; a capital starts a 
     "Lung Lesion": ("pulmonary nodule", "lung mass", "pulmonary nodule or mass"),
     "Edema": ("pulmonary edema", "edema"),
     "Consolidation": ("consolidation", "focal consolidation"),
-    "Pneumonia": ("pneumonia",),
-    "Atelectasis": ("atelectasis",),
-    "Pneumothorax": ("pneumothorax",),
-    "Pleural Effusion": ("pleural effusion", "pleural fluid"),
-    "Pleural Other": ("pleural thickening",),
-    "Fracture": ("fracture", "displaced fracture"),
+    "Pneumonia": ("pneumonia",), "Atelectasis": ("atelectasis",),
+    "Pneumothorax": ("pneumothorax",), "Pleural Effusion": ("pleural effusion", "pleural fluid"),
+    "Pleural Other": ("pleural thickening",), "Fracture": ("fracture", "displaced fracture"),
     "Support Devices": ("support device", "catheter or tube"),
 }
 # ASSUMPTION: the predefined negative statements (Sec. 3) are unpublished; these are ours.
@@ -191,17 +209,17 @@ TEMPLATES = ("No {}.", "There is no {}.", "No evidence of {}.", "No {} is seen."
              "Negative for {}.")
 # ASSUMPTION: if omission leaves nothing, r^r is this sentence, which names no finding.
 NOTHING_LEFT = "Frontal chest radiograph."
-SIDES = frozenset("left right bilateral bilaterally both".split())
+SIDES = frozenset("left right bilateral bilaterally both left-sided right-sided".split())
 PLACES = SIDES | frozenset("""bibasilar biapical basilar basal apical lower upper middle mid
     midlung lingular retrocardiac perihilar hilar peripheral central medial lateral anterior
     posterior thoracic lumbar cervical subclavian jugular cardiac mediastinal pleural pulmonary
     lung lungs lobe lobes base bases apex apices hilum hila heart silhouette silhouettes
     mediastinum aorta aortic trachea diaphragm hemidiaphragm hemidiaphragms rib ribs spine clavicle
-    pleura lingula svc atrium ventricle stomach humerus shoulder sternum vertebra vertebrae
-    vertebral cardiomediastinal contour contours vasculature vascularity angle angles sulcus zone
-    zones bones osseous structures hemithorax thorax chest abdomen fissure vessels artery arteries
-    vein interstitium bronchi carina cardiopulmonary bony skeletal soft tissues airways field
-    fields""".split())
+    pleura lingula costophrenic cardiophrenic rul rml rll lul lll svc atrium ventricle stomach
+    humerus shoulder sternum vertebra vertebrae vertebral cardiomediastinal contour contours
+    vasculature vascularity angle angles sulcus zone zones bones osseous structures hemithorax
+    thorax chest abdomen fissure vessels artery arteries vein interstitium bronchi carina
+    cardiopulmonary bony skeletal soft tissues airways field fields""".split())
 GRADES = frozenset("""mild mildly moderate moderately severe severely minimal minimally marked
     markedly trace tiny small large massive subtle slight slightly patchy focal diffuse multifocal
     scattered streaky linear hazy dense ill-defined acute chronic subsegmental segmental platelike
@@ -249,21 +267,18 @@ def _candidates(word):
 
 def _scope(triggers, start, end):
     """1, 0, -1 or None (nothing said) by the triggers before a finding, then those after it."""
+    before = [k for k, first, last in triggers if first < end and (last <= start or k != "end")]
     value = PRESENT
-    for kind, first, last in reversed(triggers):
-        if first >= end or (last > start and kind == "end"):
-            continue
+    for kind in reversed(before):
         if kind == "end":
             break
         if kind in ("ignore", "no"):
             return DENIED if kind == "no" else None
-        if kind in ("maybe", "hedge"):
-            value = UNCERTAIN
-    for kind, first, _ in triggers:
-        if first >= end and kind in ("end", "denied"):
+        value = UNCERTAIN if kind in ("maybe", "hedge") else value
+    for kind in (k for k, first, _ in triggers if first >= end):
+        if kind in ("end", "denied"):
             return DENIED if kind == "denied" else value
-        if first >= end and kind == "hedge":
-            value = UNCERTAIN
+        value = UNCERTAIN if kind == "hedge" else value
     return value
 
 
@@ -289,7 +304,9 @@ def _mentions(lower):
             found += [(name, value, *m.span())] if value is not None else []
     found.sort(key=lambda m: m[2:])
     said = [m for m in found if m[1] != DENIED]
-    unsure = {m for a, b in itertools.pairwise(said) for m in (a, b)  # "A or B", "A versus B"
+    still = any(kind == "still" for kind, *_ in triggers or ())  # "no change in A or B" has both
+    pairs = () if still else itertools.pairwise(said)
+    unsure = {m for a, b in pairs for m in (a, b)  # "A or B", "A versus B"
               if a[0] != b[0] and "," not in lower[a[3]:b[2]] and _OR.search(lower, a[3], b[2])}
     return tuple((m[0], UNCERTAIN, *m[2:]) if m in unsure else m for m in found)
 
@@ -324,8 +341,8 @@ def positives(labels):
 _WORD = re.compile(r"[\w'/.-]*\w")
 _BREAK = re.compile(r"(?<=[.!?])(?<!\bDr\.)(?<!\bvs\.)\s+|(?<=[a-z]{2}[.])(?=[A-Z])|(?<=;)\s+|"
                     r"\s(?=\d{1,2}[.)] [A-Z]|(?:FINDINGS|IMPRESSION)\s?:)")
-_NUMBER = re.compile(r"^\W*(?:\d{1,2}[.)](?!\d)\s*)?(?:(?:findings|impression|chest)\s*:\s*)?",
-                     re.I)
+_NUMBER = re.compile(r"^\W*(?:\d{1,2}[.)](?!\d)\s*)?"
+                     r"(?:(?:findings|impression|(?:[ap]{2} )?chest)\s*:\s*)?", re.I)
 _CUTS = (  # a conjunction, else a comma
     re.compile(r"(?<!compatible)(?<!consistent)(?<!keeping)(?<!associated),?\s+(?:(?=without\b)"
                r"|(?:and/or|and|or|nor|versus|vs\.?|with|but|however|although|while|as well as)\b"
@@ -337,18 +354,30 @@ _PLACE_LIST = re.compile(  # "heart size and mediastinal contours are normal"
     r"(?P<tail>\s(?:are|is|appears?|remains?|within|grossly|normal|unremarkable|clear)\b[^,;]*)?$",
     re.I)
 _ADJECTIVE = re.compile(r"(?:cardiac|[a-z]*mediastinal|hilar|pulmonary|pleural|osseous|bony)$")
+_LEAD = re.compile(r"^(?:and|but|although|though|while|however|aside from|apart from|except for|"
+                   r"other than|(?:compatible|consistent) with)\b,?\s*", re.I)
+_BARE = re.compile(r"\W*\w+(?:ed|ous|ic|ent|ive)\W*(?:$|(?:and|or|but)\b)", re.I)  # no noun
+_ITS_NOUN = re.compile(r"(?<=ed|us|ic|nt|ve)(?: and \w+)?(?: (?!with|and|or|in|of|is|are)[\w-]+)"
+                       r"{1,2}")
 _GONE = re.compile(r"\b(?:removal|resolution|clearing) of|\bha(?:s|ve|d) (?:been |since )*(?:"
                    r"removed|resolved|cleared)|\bno longer\b", re.I)
-_TIME = ((re.compile(r"\bremains?\b", re.I), "is"),
-         (re.compile(rf"\b(?:{'|'.join(_phrases(TIME))})(?!\w)", re.I), " "))
+_TIME = (
+    (re.compile(r"\bremains\b", re.I), "is"), (re.compile(r"\bremain\b", re.I), "are"),
+    (re.compile(rf"\b(?:{'|'.join(_phrases(TIME))})(?!\w)", re.I), " "),
+    (re.compile(r"\b(t)here (?:has|have) been\b", re.I), r"\1here is"),
+    (re.compile(r"\b(no|the|an?|there (?:is|are)|(?:is|are)(?= and (?:\w+ly|\w+ed|within|normal|"
+                r"most)\b))(?: ?,| and| or| but)(?= )", re.I), r"\1"),
+    (re.compile(r"\b(?:is|are)(?: and\b|(?= but| bilaterally))", re.I), " "),
+    (re.compile(r"\b([Aa])(?= (?!one)[aeio])"), r"\1n"),
+    (re.compile(r"\b([Aa])n(?= [b-df-gj-np-tv-z])"), r"\1"))
 _TIME_WORD = re.compile(
-    r"compar|relative|similar|chang|stabl|differ|since|prior|previous|last|earlier|preced|inter|longer|"
-    r"progress|worsen|improv|increas|decreas|enlarging|persist|recur|residual|resol|clear|remov|than|"
-    r"develop|demonst|again|new|now|remain|before", re.I)
+    "compar|relative|similar|chang|stabl|differ|since|prior|previous|last|earlier|preced|inter|new|"
+    "longer|progress|worsen|improv|increas|decreas|enlarging|persist|recur|residual|resol|clear|"
+    "remov|than|develop|demonst|again|now|remain|before|less|more|larger|smaller|continued", re.I)
 _HEAD = re.compile(r"^(?:(?:and|but|or|which|is|are|of|in|however|otherwise)\b\W*|\W+)+(?=\S)",
                    re.I)
-_REST = re.compile(r"(?:\b(?:is|are|has|have|been|appears?|there|to|be|and|but|with|of|in|or|also)"
-                   r"\b\W*)+$|\s+(?:(?:is|are|has|have) ?)?(?=[,.;])|,\s*(?=[,.;]|$)", re.I)
+_REST = re.compile(r"(?:\b(?:is|are|has|have|been|appears?|there|to|be|and|but|with|of|in|or|also|"
+                   r"which)\b\W*)+$|\s+(?:(?:is|are|has|have) ?)?(?=[,.;])|,\s*(?=[,.;]|$)", re.I)
 _PLACE_TAIL = re.compile(r" (?:in|of|at|within|involving|overlying)(?: the)?(?: [\w-]+){0,3}? (?:"
                          + "|".join(sorted(PLACES)) + r")\b", re.I)
 
@@ -401,12 +430,13 @@ def _cut_findings(sentence):
     for a, b in itertools.pairwise(found):
         cuts = (cut.search(sentence, a[3], b[2] + 1) for cut in _CUTS)
         cut = next((c.span() for c in cuts if c and begin < c.start() and c.end() <= b[2]), None)
-        if cut:
+        if cut and not (_BARE.fullmatch(sentence, begin, cut[0]) or _BARE.match(sentence, cut[1])):
             pieces.append((begin, cut[0]))
             begin = cut[1]
     out = []
     for start, end in [*pieces, (begin, len(sentence))]:
-        piece = re.sub(r"^without\b", "no", sentence[start:end].strip(" ,;."))
+        piece = _LEAD.sub("", sentence[start:end].strip(" ,;."))
+        piece = re.sub(r"(?i)^without\b|\bneither\b", "no", piece)
         values = {m[1] for m in found if start <= m[2] < end}
         moved = len(values) == 1 and values != {m[1] for m in mentions(piece)}  # its trigger
         out.append(_phrase(min(values), piece) if moved else _finish(piece))
@@ -426,7 +456,7 @@ def _timeless(sentence, whole=True):
         trimmed = (_REST.sub("", part.strip(" ,;.")) for part in _sentences(text))
         text = " ".join(_finish(_HEAD.sub("", part)) for part in trimmed)
     rest = {w.lower() for w in _WORD.findall(text)} - EMPTY
-    rest = {w for w in rest if not w[0].isdigit() and "xxxx" not in w}
+    rest = {w for w in rest if not w[0].isdigit() and "xxxx" not in w and w.strip("_")}
     if not found and not (rest - PLACES if text != sentence else rest):
         return ""
     if _said(_sentences(text)) == _said([sentence]):
@@ -442,8 +472,9 @@ def _noun_phrase(sentence, mention):
         if word[0].lower() not in PLACES | GRADES or sentence[word.end():start].strip():
             break
         start = word.start()
-    tail = _PLACE_TAIL.match(sentence, end)
-    return sentence[start:tail.end() if tail else end]
+    tails = (_ITS_NOUN.match(sentence, end) if mention[0] == OTHER else None,
+             _PLACE_TAIL.match(sentence, end))
+    return sentence[start:max(tail.end() if tail else end for tail in tails)]
 
 
 def split_sentences(text):
@@ -467,10 +498,12 @@ def _omit(sentence, condition):
     for name, value in _said([sentence]).items():
         if name == condition or (name == OTHER and value == DENIED):
             continue
-        m = next(m for m in found if m[:2] == (name, value))
-        phrases = (_noun_phrase(sentence, m), sentence[m[2]:m[3]], *NOUNS.get(name, ())[:1])
+        phrases = [p for m in found if m[:2] == (name, value)
+                   for p in (_noun_phrase(sentence, m), sentence[m[2]:m[3]])]
+        phrases += NOUNS.get(name, ())[:1]
         says = {phrase: _said([phrase]) for phrase in (_phrase(value, p) for p in phrases)}
-        kept += [p for p, s in says.items() if s.get(name) == value and condition not in s][:1]
+        kept += [p for p, s in says.items() if s.get(name) == value and condition not in s
+                 and not _BARE.fullmatch(p)][:1]
     return tuple(kept)
 
 
@@ -518,7 +551,8 @@ _TOKEN = re.compile(r"\d+\.\d+|[\w'/-]+|[^\w\s]")
 _SIZE = re.compile(r"[\d.]+(?: x [\d.]+)* ?(?:cm|mm)\b")
 _LEADS_TO = re.compile(r"suggest|represent|consistent|compatible|reflect|concern|due to", re.I)
 _LABEL = {PRESENT: "OBS-DP", DENIED: "OBS-DA", UNCERTAIN: "OBS-U"}
-_FUNCTION = frozenset("the a an is are was were of in at to with and or not within no size".split())
+_FUNCTION = frozenset("the a an is are was were of in at to with and or not within no size top "
+                      "upper high limit limits range".split())
 
 
 def _nodes(sentence):
@@ -585,27 +619,26 @@ def rule_graph(sentences):
 
 
 def _tokens_about(text, condition):
-    hit, at = set(), 0  # at: index of the sentence's first token
+    hit, at = set(), 0  # at: where the sentence starts
     for sentence in re.split(r"(?<= [.;]) ", text):
         for name, _, start, end in mentions(sentence):
             if name == condition:
-                first, last = (at + sentence.count(" ", 0, k) for k in (start, end - 1))
-                hit.update(range(first, last + 1))
-        at += sentence.count(" ") + 1
+                hit.update(text.count(" ", 0, k) for k in range(at + start, at + end))
+        at += len(sentence) + 1
     return hit
 
 
 def negated_graph(graph, condition):
     """r^n's record: r's without the condition's entities, plus one absent observation of it."""
     entities, hit = graph["entities"], _tokens_about(graph["text"], condition)
-    gone = {k for k, e in entities.items() if not e["label"].upper().startswith("ANAT")
-            and not hit.isdisjoint(range(e["start_ix"], e["end_ix"] + 1))}
+    anatomy = {k for k, e in entities.items() if e["label"].upper().startswith("ANAT")}
+    gone = {k for k in entities.keys() - anatomy
+            if not hit.isdisjoint(range(entities[k]["start_ix"], entities[k]["end_ix"] + 1))}
     links = {k: {t for _, t in e["relations"]} for k, e in entities.items()}
     for k, e in entities.items():
         for _, t in e["relations"]:
             links.setdefault(t, set()).add(k)
-    loose = {k for k, e in entities.items() if e["label"].upper().startswith("ANAT")
-             or any(name == "modify" for name, _ in e["relations"])}
+    loose = anatomy | {k for k, e in entities.items() if "modify" in dict(e["relations"])}
     for k in set().union(*(links[g] for g in gone)) - gone:  # what stood there for those alone
         part, fresh = set(), {k}
         while fresh:
@@ -781,8 +814,8 @@ def annotate(record, *, seed=0, label=label_report, graph=None):
     Returns the record with report (cleaned), original_report, labels, graph and hard_negatives: one
     per positive condition that the rules find in the text, CXR-Align's choice first (Sec. 3).
     """
-    labels = lambda records, texts: [label(text) for text in texts]  # noqa: E731
-    return _annotate([record], seed, labels, [graph], None, Counter())[0]
+    return _annotate([record], seed, lambda _, texts: list(map(label, texts)), [graph], None,
+                     Counter())[0]
 
 
 def _annotate(records, seed, label, graphs, generate, stats):
@@ -874,10 +907,9 @@ def run_main(main):
 _TOOLS = {}  # of this process: path, seed, labeler, generate, graphs
 
 
-def _start(tools, worker=False):
+def _start_worker(tools):
     _TOOLS.update(tools)
-    if worker:  # Ctrl-C is the main process's affair
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's affair
 
 
 def _checked(path, number, line, labeler):
@@ -920,7 +952,7 @@ def _count(record, stats):
 def _resume(part, settings, stats):
     """Counts the records in the .part file of an interrupted run, which had the same settings."""
     note = Path(f"{part}.json")
-    if not (note.exists() and part.exists()):
+    if not (note.exists() and part.exists() and part.stat().st_size):  # nothing to go on from
         part.write_bytes(b"")
         note.write_text(json.dumps(settings))
     before = json.loads(note.read_text())
@@ -942,10 +974,10 @@ def _resume(part, settings, stats):
 def _stream(chunks, workers, tools):
     """Results of _chunk in order, a few chunks in flight, so that memory stays flat."""
     if workers < 2:
-        _start(tools)
+        _TOOLS.update(tools)
         yield from map(_chunk, chunks)
         return
-    with ProcessPoolExecutor(workers, initializer=_start, initargs=(tools, True)) as pool:
+    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(tools,)) as pool:
         waiting = deque()
         for chunk in chunks:
             waiting.append(pool.submit(_chunk, chunk))
@@ -981,11 +1013,13 @@ def main(argv=None):
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "workers", "manifest")} | {
         "input": [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
         "code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+    if Path(args.out).resolve() in files:
+        raise ValueError(f"--out {args.out}: expected another file than those that are read")
     began, total, part = time.time(), Counter(), Path(f"{args.out}.part")
-    done = _resume(part, settings, total)
     tools = {"path": args.manifest, "seed": args.seed, "graphs": graphs and GraphFile(graphs),
              "labeler": CheXbert(args.chexbert) if args.chexbert else args.labeler,
              "generate": args.llm and local_model(args.llm)}
+    done = _resume(part, settings, total)
     lines = itertools.islice(_lines(args.manifest), done, None)
     chunks = iter(lambda: list(itertools.islice(lines, 64)), [])
     workers = 1 if args.llm or args.chexbert else args.workers

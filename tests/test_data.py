@@ -347,6 +347,11 @@ def test_openi_reads_the_official_archive_without_unpacking(tmp_path):
         path.unlink()
     main(["openi", str(root), "--out", str(tmp_path / "x.jsonl")])
     assert len((tmp_path / "x.jsonl").read_text().splitlines()) == 2
+    whole = (root / "NLMCXR_reports.tgz").read_bytes()
+    for damaged in (whole[:-40], b"no archive"):
+        (root / "NLMCXR_reports.tgz").write_bytes(damaged)
+        with pytest.raises(ValueError, match="NLMCXR_reports.tgz: expected a complete archive"):
+            main(["openi", str(root), "--out", str(tmp_path / "x.jsonl")])
 
 
 @pytest.mark.parametrize(
@@ -355,6 +360,7 @@ def test_openi_reads_the_official_archive_without_unpacking(tmp_path):
         (b'<!DOCTYPE a [<!ENTITY x "y">]><a>&x;</a>', "DOCTYPE"),
         (b"<a>" + b" " * data.MAX_XML_BYTES, "bytes"),
         (b"<a><b></a>", "well-formed"),
+        (b'<?xml version="1.0" encoding="none"?><a/>', "unknown encoding"),
     ],
 )
 def test_hostile_xml_is_refused_by_name(text, why):
@@ -521,7 +527,7 @@ def test_damaged_tables_are_a_value_error_with_their_name(tmp_path):
         "uid,MeSH,findings,impression\n1,n,caf\xe9,\n".encode("latin-1"),
     )
     with pytest.raises(ValueError, match="indiana_reports.csv:1: expected UTF-8"):
-        list(data.read_table(tmp_path / "indiana_reports.csv"))
+        list(data.Download(tmp_path).table("indiana_reports.csv"))
 
 
 @needs_shared
@@ -627,9 +633,12 @@ def test_dicom_monochrome1_is_inverted(tmp_path):
         np.asarray(read_image(tmp_path / f"MONOCHROME{k}.dcm")).astype(int) for k in (1, 2)
     )
     assert (first + second == 255).all() and second[0, 0] == 0 and second[0, -1] == 255
+    dataset.Rows = None
+    dataset.save_as(tmp_path / "blank.dcm", enforce_file_format=True)
     write(tmp_path / "broken.dcm", b"not dicom")
-    with pytest.raises(OSError, match="broken.dcm: expected"):
-        read_image(tmp_path / "broken.dcm")
+    for name in ("blank.dcm", "broken.dcm", "missing.dcm"):
+        with pytest.raises(OSError, match=f"{name}: expected"):
+            read_image(tmp_path / name)
 
 
 def test_dicom_without_pydicom_says_what_to_install(tmp_path, monkeypatch):
@@ -880,7 +889,7 @@ def test_check_finds_what_is_wrong_and_prints_no_report_of_one(tmp_path, capsys)
     assert (
         "1 patients are in two splits" in said.err and "1 ids are there more than once" in said.err
     )
-    main(["check", str(manifest_of(tmp_path, [{"report": "No change."}] * 3))])
+    main(["check", str(manifest_of(tmp_path, [{"report": "No change.", "patient": [7]}] * 3))])
     assert "3 x No change." in capsys.readouterr().out
 
 
@@ -906,6 +915,9 @@ def test_the_cache_resumes_and_keeps_the_picture(tmp_path, capsys):
     assert now[:2] == stamps[:2] and now[2] > stamps[2]
     with pytest.raises(ValueError, match="another folder"):
         main(["cache", str(path), "--out", str(folder)])
+    path = manifest_of(tmp_path / "none", [{"image": "gone.png"}])
+    with pytest.raises(ValueError, match="m.jsonl: expected images that can be read"):
+        main(["cache", str(path), "--out", str(tmp_path / "new")])
 
 
 # ---------------------------------------------------------------- the phantom

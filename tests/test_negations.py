@@ -78,6 +78,26 @@ SAYS = [  # report, its labels; No Finding follows from them unless given
     ("Hydropneumothorax on the right.", {PT: 1, PE: 1}),
     ("Mild cardiomegaly without edema.", {C: 1, ED: 0}),
     ("Recommend chest CT to look for a small nodule.", {}),
+    ("Repeat films to document resolution of the pneumonia.", {}),
+    ("No interval change in cardiomegaly or bilateral effusions.", {C: 1, PE: 1}),
+    ("Little change in the left effusion.", {PE: 1}),
+    ("The right pneumothorax has almost completely resolved.", {PT: 1}),
+    ("The effusion has completely resolved.", {PE: 0}),
+    ("Consolidation: none.", {CO: 0}), ("Pleural effusion: No.", {PE: 0}),
+    ("Lungs: Clear. Heart: Normal.", {C: 0, LO: 0}),
+    ("Pneumonia should be considered in the right setting.", {PN: -1}),
+    ("Small effusions are presumed.", {PE: -1}),
+    ("The patient was extubated and the feeding tube removed.", {SD: 0}),
+    ("NGT in the stomach.", {SD: 1, NF: 1}), ("LVAD in situ.", {SD: 1, NF: 1}),
+    ("The heart is stable in size and mildly enlarged.", {C: 1}),
+    ("Heart size is normal and the aorta is enlarged.", {C: 0, NF: None}),
+    ("Pneumomediastinum.", {NF: None}),
+    ("Partial collapse of the right upper lobe.", {AT: 1}),
+    ("Fluid in the minor fissure.", {PE: 1}),
+    ("Pneumothorax is less likely.", {PT: -1}),
+    ("No longer seen is the right effusion.", {PE: 0}),
+    ("No pneumothorax after chest tube placement.", {PT: 0, SD: 1}),
+    ("No pneumothorax after chest tube removal.", {PT: 0, SD: 0}),
     ("The nodule is not seen on the prior study.", {LL: 1}),
     ("Pericardial effusion.", {NF: None}), ("Calcified granuloma.", {NF: None}),
     ("Mild scoliosis.", {NF: None}), ("Hiatal hernia.", {NF: None}),
@@ -110,6 +130,16 @@ def test_conditions_are_in_chexberts_order_and_positives_leave_no_finding_out():
     ("1. Possible atelectasis or pneumonia. 2. A 1.5 cm nodule.",
      ["Possible atelectasis.", "Possible pneumonia.", "A 1.5 cm nodule."]),
     ("Hyperinflation consistent with emphysema.", ["Hyperinflation consistent with emphysema."]),
+    ("Neither effusion nor pneumothorax.", ["No effusion.", "No pneumothorax."]),
+    ("Although the heart is enlarged, there is no edema.",
+     ["The heart is enlarged.", "There is no edema."]),
+    ("Aside from minimal atelectasis, the lungs are clear.",
+     ["Minimal atelectasis.", "The lungs are clear."]),
+    ("Opacity in the left base, compatible with pneumonia.",
+     ["Opacity in the left base.", "Pneumonia."]),
+    ("Enlarged and tortuous aorta with cardiomegaly.",
+     ["Enlarged and tortuous aorta.", "Cardiomegaly."]),
+    ("The aorta is tortuous and calcified.", ["The aorta is tortuous and calcified."]),
 ])
 def test_lists_are_split_into_one_entity_a_sentence(report, sentences):
     assert N.split_sentences(report) == sentences
@@ -130,6 +160,35 @@ def test_lists_are_split_into_one_entity_a_sentence(report, sentences):
     ("No change in the effusion.", "Effusion."),
     ("Stable chest. Comparison is made to the prior study dated XXXX.", ""),
     ("The mediastinum is stable. Lungs are clear.", "Lungs are clear."),
+    ("Stable enlargement of the heart.", "Enlargement of the heart."),
+    ("No new or enlarging nodules.", "No nodules."),
+    ("The lungs remain clear.", "The lungs are clear."),
+    ("The lung volumes remain low.", "The lung volumes are low."),
+    ("Heart size is stable and mildly enlarged.", "Heart size is mildly enlarged."),
+    ("Nodules are unchanged and suggest granulomas.", "Nodules suggest granulomas."),
+    ("There is an unchanged nodule and a new effusion.", "There is a nodule and an effusion."),
+    ("Comparison is made to ___. Once again there are stable, small effusions.",
+     "There are small effusions."),
+    ("Pacemaker in unchanged position.", "Pacemaker."),
+    ("Small effusions are unchanged bilaterally.", "Small effusions bilaterally."),
+    ("AP chest compared to ___: Severe edema has worsened since earlier in the day.",
+     "Severe edema."),
+    ("In comparison with the study of ___, there is little change. Small effusion.",
+     "Small effusion."),
+    ("Mild edema, not changed from the prior radiograph of ___ at 5:04 a.m.", "Mild edema."),
+    ("Small effusion, unchanged compared to the study performed one day earlier.",
+     "Small effusion."),
+    ("A small nodule is unchanged since 2012.", "A small nodule."),
+    ("Slight interval decrease in right effusion since yesterday.", "Right effusion."),
+    ("No change in the extent of the effusions.", "Effusions."),
+    ("The opacity is slightly less conspicuous than on the prior study.", "The opacity."),
+    ("Effusions, larger on the left.", "Effusions, larger on the left."),
+    ("The opacity is less conspicuous.", "The opacity."),
+    ("Opacity, new, more conspicuous on the left.", "Opacity, more conspicuous on the left."),
+    ("There is now an NG tube.", "There is an NG tube."),
+    ("Left nodule, not clearly seen on the prior study.", "Left nodule."),
+    ("There has been interval development of a right pneumothorax.",
+     "There is a right pneumothorax."),
 ])
 def test_comparison_with_priors_goes_and_the_finding_stays(report, cleaned):
     assert N.remove_temporal(report) == cleaned
@@ -153,6 +212,16 @@ def test_a_hard_negative_denies_one_condition_and_keeps_the_others(condition):
         assert N.positives(N.label_report(omitted)) == N.positives(N.label_report(denied)) == others
     # negative control: the same checks see that the report itself is no hard negative
     assert N.label_report(REPORT)[condition] == 1
+
+
+@pytest.mark.parametrize(("report", "condition", "omitted"), [
+    ("Calcified pleural plaques.", PO, N.NOTHING_LEFT),  # not "Calcified."
+    ("Calcified nodule causing an elevated right hemidiaphragm.", LL,
+     "Elevated right hemidiaphragm."),
+    ("Opacity consistent with small left effusion.", LO, "Small left effusion."),
+])
+def test_what_an_omission_leaves_of_a_sentence_has_its_noun(report, condition, omitted):
+    assert N.omit(report, condition) == omitted
 
 
 @pytest.mark.parametrize("condition", N.CONDITIONS[:-1])
@@ -207,6 +276,23 @@ def test_labels_of_a_hard_negative_are_the_reports_with_one_zero():
     record = N.annotate({"id": "1", "report": "Cardiomegaly."}, label=lambda text: other)
     assert [n["labels"] for n in record["hard_negatives"]] == [{C: 0, PN: -1, PE: 1}]
     assert N.annotate({"id": "1", "report": "Lungs are clear."})["hard_negatives"] == []
+
+
+def test_hard_negatives_hold_in_any_mix_of_sentences():
+    rng, seen = random.Random(0), set()
+    for i in range(300):
+        text = " ".join(report for report, _ in rng.sample(SAYS, 4))
+        record = N.annotate({"id": str(i), "report": text})
+        labels = N.label_report(record["report"])
+        assert N.positives(labels) == N.positives(N.label_report(text))
+        for negative in record["hard_negatives"]:
+            c, omitted, denied = (negative[k] for k in ("condition", "omitted", "report"))
+            assert c not in N.label_report(omitted) and N.label_report(denied)[c] == 0, text
+            for other in set(N.positives(labels)) - {c}:
+                assert N.label_report(omitted)[other] == N.label_report(denied)[other] == 1, text
+            assert (N.NOUNS[c][0], "OBS-DA") in entities(negative["graph"]), text
+            seen.add(c)
+    assert len(seen) >= 10
 
 
 # ---- graphs
