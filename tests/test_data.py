@@ -742,8 +742,10 @@ def test_images_cannot_leave_their_root(tmp_path, image):
 
 
 def test_positives_mark_the_conditions_and_uncertain_is_a_flag(tmp_path):
+    negative = {"condition": "Edema", "report": "No edema.", "omitted": "Clear."}
     labels = {"Edema": 1, "Pneumonia": -1, "Fracture": 0, "No Finding": 1}
-    manifest = Manifest(manifest_of(tmp_path, [{"labels": labels, "hard_negatives": [{}, {}]}]))
+    rows = [{"labels": labels, "hard_negatives": [negative] * 2}]
+    manifest = Manifest(manifest_of(tmp_path, rows))
     assert (
         manifest.positives[0] == 1 << CONDITIONS.index("Edema") | 1 << 13
         and manifest.negatives[0] == 2
