@@ -700,7 +700,7 @@ def measure():
     for name, a, b in zip(("micro", "macro"), m, t, strict=True):
         print(f"| **{name}** | | | | **{a:.3f}** | | | {b:.3f} |")
     rest = [s for s in studies if held_out(s[0])]
-    print("\nthe {} studies never looked at: ours {:.3f} / {:.3f}, public {:.3f} / {:.3f}".format(
+    print("\nthe {} held-out studies: ours {:.3f} / {:.3f}, public {:.3f} / {:.3f}".format(
         len(rest), *scores(rest, ours)[1:], *scores(rest, public)[1:]))
     n = pipeline_counts()
     for what, part, whole in (
