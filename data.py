@@ -17,6 +17,7 @@ import functools
 import gzip
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -115,9 +116,10 @@ def pixels(image, size, rng=None):
     box = (0, 0, width, height)
     if rng is not None:
         # ASSUMPTION: crops keep 80-100 % of the area and 10 % of the aspect; sides are not flipped.
-        area, aspect = rng.uniform(0.8, 1.0), np.exp(rng.uniform(-0.1, 0.1))
+        u = rng.random(4).tolist()  # in [0, 1)
+        area, aspect = 0.8 + 0.2 * u[0], math.exp(0.2 * u[1] - 0.1)
         w, h = width * min(1, (area * aspect) ** 0.5), height * min(1, (area / aspect) ** 0.5)
-        x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
+        x, y = u[2] * (width - w), u[3] * (height - h)
         box = (x, y, x + w, y + h)
     resized = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
     return np.asarray(resized)[None]  # (1, S, S)
@@ -454,7 +456,7 @@ def build_phantom(official, args):
         report = _write_report(found, rng) if found else str(rng.choice(list(TEMPLATES), p=share))
         patient = f"D{i}" if extra else f"P{i * 2 // 3}"  # every second patient has two
         image = f"images/{i:06d}.png"
-        _draw_chest(found, size, rng).save(official.root / image, compress_level=1)
+        _draw_chest(found, size, rng).save(official.root / image, compress_level=0)
         targets = {name: int(name in found) for name in CONDITIONS[:-1]}
         targets["No Finding"] = int(not set(found) - {"Support Devices"})
         yield {"study": f"{i:06d}", "image": image, "patient": patient,

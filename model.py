@@ -57,9 +57,9 @@ class TinyTokenizer:
         rows = [[self.cls] + [2 + zlib.crc32(word.encode()) % (self.buckets - 2)
                               for word in re.findall(r"\w+|[.,;:]", text.lower())][:MAX_TOKENS - 1]
                 for text in texts]
-        ids = torch.full((len(rows), max(map(len, rows), default=1)), self.pad)  # (B, L)
-        for i, row in enumerate(rows):
-            ids[i, :len(row)] = torch.tensor(row)
+        longest = max(map(len, rows), default=1)
+        padded = [row + [self.pad] * (longest - len(row)) for row in rows]
+        ids = torch.tensor(padded, dtype=torch.int64).reshape(len(rows), longest)  # (B, L)
         return {"input_ids": ids, "attention_mask": (ids != self.pad).long()}
 
 

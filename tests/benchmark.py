@@ -308,7 +308,7 @@ def run_training(folder, ranks, threads, *flags):
     return step_seconds(folder)
 
 
-def bare_step_seconds(path, steps=24):
+def bare_step_seconds(path, steps=36):
     """Median seconds of the encoders' forward and backward and the optimiser's step alone."""
     torch.manual_seed(0)
     clip = ClinicalCLIP("tiny", "tiny", 512, 64).train()
@@ -318,27 +318,67 @@ def bare_step_seconds(path, steps=24):
     keys = list(GlobalBatches(len(studies), 128, 0, 0))
     batches = [studies.collate([studies[key] for key in rows]) for rows in keys]
     times = []
-    for step in range(steps):
+    for batch in itertools.islice(itertools.cycle(batches), steps):
         began = time.perf_counter()
         optimizer.zero_grad()
-        out = clip(batches[step % len(batches)])
-        sum((v * v.detach()).sum() for v in out.values()).backward()
+        sum((v * v.detach()).sum() for v in clip(batch).values()).backward()
         optimizer.step()
         times.append(time.perf_counter() - began)
-    return statistics.median(times[len(batches):])
+    return statistics.median(times[12:])
+
+
+def timed_training(folder, queue):
+    """In a process of its own: the default run, and the share of each step outside, in per cent."""
+    os.chdir(folder)
+    spent, first = [], []
+
+    def timed(function, since=lambda began: began):
+        def run(*args, **kwargs):
+            began = time.perf_counter()
+            out = function(*args, **kwargs)
+            spent.append(time.perf_counter() - since(began))
+            return out
+        return run
+
+    def forward(clip, batch, plain=ClinicalCLIP.forward):
+        out = plain(clip, batch)
+        for rows in out.values():  # the loss's backward ends where the first gradient arrives
+            rows.register_hook(lambda _: first.append(time.perf_counter()))
+        return out
+
+    ClinicalCLIP.forward = timed(forward)
+    torch.Tensor.backward = timed(torch.Tensor.backward, lambda _: min(first))
+    torch.optim.AdamW.step = timed(torch.optim.AdamW.step)
+    log, shares = train.Run.log, []
+
+    def watch(run, record):
+        if "images_per_s" in record:
+            shares.append(100 * (1 - sum(spent) * record["images_per_s"] / 128))
+            spent.clear(), first.clear()
+        log(run, record)
+
+    train.Run.log = watch
+    train.main(["--out", "timed", "--max-steps", "36"])
+    queue.put(statistics.median(shares[12:]))
 
 
 def bench_train():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        queue = multiprocessing.get_context("spawn").Queue()
+        process = multiprocessing.get_context("spawn").Process(
+            target=timed_training, args=(folder, queue))
+        process.start()
+        row("share of a step outside encoders and optimiser", f"{queue.get():.1f} %", "<= 8 %")
+        process.join()
         shares = []
         for turn in range(3):
             whole = run_training(folder / f"a{turn}", 1, torch.get_num_threads())
             bare = bare_step_seconds(folder / "runs/phantom/phantom_neg.jsonl")
-            shares.append(1 - bare / whole)
-        share = statistics.median(shares)
-        row("share of a step outside encoders and optimiser", f"{100 * share:.1f} %", "<= 8 %",
-            f"of 3 turns, all: {', '.join(f'{100 * s:.1f}' for s in shares)}")
+            shares.append(100 * (1 - bare / whole))
+        row("a step's time above encoders and optimiser with idle cores",
+            f"{statistics.median(shares):.1f} %", "-",
+            f"of 3 turns, all: {', '.join(f'{s:.1f}' for s in shares)}")
         gains = []
         for turn in range(3):
             one = run_training(folder / f"b{turn}", 1, 1, "--workers", "0")
