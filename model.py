@@ -32,6 +32,7 @@ MAX_TOKENS = 256                   # CXR-CLIP's; BERT itself ends at 512
 MEAN = STD = 0.5                   # pixels in [0, 1] are normalised to [-1, 1]
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's clamp
 GRAPH_HIDDEN = 256
+TEXTS_AT_ONCE = 64                 # few reports are long: sorted parts waste little on padding
 
 
 class TinyImageEncoder(nn.Sequential):
@@ -240,9 +241,15 @@ class ClinicalCLIP(nn.Module):
         tokens = text if isinstance(text, dict) else self.tokenize(text)
         device = self.logit_scale.device
         tokens = {k: v.to(device, non_blocking=True) for k, v in tokens.items()}  # (B, L)
+        order = tokens["attention_mask"].sum(1).argsort(stable=True)           # short ones first
         # ASSUMPTION: the text embedding is the last hidden state of [CLS], at most 256 tokens.
-        cls = self.text_encoder(**tokens)[:, 0]                               # (B, H)
-        return F.normalize(self.text_projection(cls).float(), dim=-1)
+        cls = torch.cat([self._cls(tokens, rows) for rows in order.split(TEXTS_AT_ONCE)])
+        return F.normalize(self.text_projection(cls[order.argsort()]).float(), dim=-1)
+
+    def _cls(self, tokens, rows):
+        """[CLS] of some reports, (b, H), padded only to the longest of these."""
+        longest = int(tokens["attention_mask"][rows].any(0).nonzero().max()) + 1
+        return self.text_encoder(**{k: v[rows, :longest] for k, v in tokens.items()})[:, 0]
 
     def encode_graph(self, graph) -> torch.Tensor:
         """graph: a list of B RadGraph records, or `collate_graphs` of them -> unit rows (B, D)."""
