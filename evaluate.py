@@ -675,7 +675,7 @@ def details(result):
 # ---- pictures, drawn by Pillow
 
 
-def _canvas(width, height, title):
+def canvas(width, height, title):
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
 
@@ -688,7 +688,7 @@ def _canvas(width, height, title):
 
 def draw_roc(scores, truth, classes):
     """ROC curves of (n, K) scores; classes with both labels, the best first."""
-    image, draw, write = _canvas(860, 560, "Zero-shot ROC")
+    image, draw, write = canvas(860, 560, "Zero-shot ROC")
     for k in range(6):
         at = 88 * k
         draw.line((70 + at, 50, 70 + at, 490), "#dddddd")
@@ -715,7 +715,7 @@ def draw_align(metrics):
     """CXR-Align accuracy A and B, overall and by condition, with 95 % intervals and chance."""
     names = ["", *(name[2:] for name in metrics if name.startswith("A "))]
     bottom = 60 + 46 * len(names)
-    image, draw, write = _canvas(860, bottom + 50, "CXR-Align accuracy, percent")
+    image, draw, write = canvas(860, bottom + 50, "CXR-Align accuracy, percent")
     for k in range(0, 101, 25):
         draw.line((260 + 5 * k, 50, 260 + 5 * k, bottom), "black" if k == 50 else "#dddddd")
         write(260 + 5 * k, bottom + 14, k, "mm")
@@ -742,7 +742,7 @@ def draw_soft_labels(bench, thresholds, count=12):
     if hasattr(bench.model, "gcn") and all("graph" in side for side in sides):
         with torch.inference_mode():
             streams["graph"] = bench.model.encode_graph([side["graph"] for side in sides]).cpu()
-    image, draw, write = _canvas(60 + 400 * len(streams), 490, f"Soft labels of {len(records)} "
+    image, draw, write = canvas(60 + 400 * len(streams), 490, f"Soft labels of {len(records)} "
                                  "studies and, from the red lines on, of their hard negatives")
     for place, (name, x) in enumerate(streams.items()):
         x, left = F.normalize(x, dim=1), 40 + 400 * place
@@ -761,7 +761,7 @@ def draw_soft_labels(bench, thresholds, count=12):
 
 def draw_sheet(bench, count=4):
     """Images with their report and the five reports ranked first: it shows report text."""
-    image, _, write = _canvas(1100, 50 + 280 * count, "Retrieval: own report, then the top five")
+    image, _, write = canvas(1100, 50 + 280 * count, "Retrieval: own report, then the top five")
     texts = [text for text in dict.fromkeys(bench.reports) if text]
     embedded = bench.texts(texts)                                              # (m, D)
     for place, i in enumerate(np.random.default_rng(0).permutation(len(bench.reports))[:count]):

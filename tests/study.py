@@ -1,0 +1,410 @@
+"""Does it hold? The paper's claims, tested again.
+
+    python tests/study.py sweep                       thresholds and weights, on validation rows
+    python tests/study.py phantom                     Tab. 2's systems and SoftCLIP, 3 seeds; Tab. 3
+    python tests/study.py openi --openi FOLDER        real reports; test patients of a seed's own
+    python tests/study.py openi-sweep --openi FOLDER  thresholds on OpenI's validation rows
+    python tests/study.py cost                        time and memory of a step of every system
+    python tests/study.py report                      tables, claims, figure of what has been run
+
+Every run is `train.py` with its own folder below runs/study, two at once with a thread each, and
+is taken up again where it was stopped. Nothing is chosen on the rows that are reported: sweeps read
+validation rows, the other parts test rows.
+
+SPDX-License-Identifier: MIT
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(HERE))
+from data import DUPLICATE, make_phantom, patient_hash  # noqa: E402
+from evaluate import canvas  # noqa: E402
+from negations import annotate, open_atomic, read_jsonl, run_main  # noqa: E402
+from train import SYSTEMS  # noqa: E402
+
+SEEDS = (0, 1, 2)
+STUDY = Path("runs/study")
+NAMES = {"clip": "CLIP", "clip-dt": "CLIP-D_t", "clip-dtc": "CLIP-D_t+c", "clip-n": "CLIP^N",
+         "clip-n-dtc": "CLIP^N-D_t+c", "clip-g": "CLIP^G", "clip-g-dtcg": "CLIP^G-D_t+c+g",
+         "clip-ng-dtcg": "CLIP^N,G-D_t+c+g", "softclip": "SoftCLIP"}
+METRICS = {"ZS AUC": ("zero-shot", "macro AUROC"), "FT10": ("fine-tune", "FT10 macro AUROC"),
+           "FT100": ("fine-tune", "FT100 macro AUROC"), "@5": ("retrieval", "@5"),
+           "F1": ("retrieval", "micro F1"), "A": ("cxr-align", "A"), "B": ("cxr-align", "B"),
+           "ADV": ("adversarial", "both"), "NCD": ("normal-case", "accuracy")}
+
+
+# ---------------------------------------------------------------- data
+
+
+def annotated(raw, path, change=lambda record: record):
+    """Annotate a manifest record by record, once; `change` may edit or drop (None) a record."""
+    if not path.exists():
+        with open_atomic(path) as file:
+            for _, record in tqdm(list(read_jsonl(raw)), desc=path.name):
+                if (record := change(record)) is not None:
+                    file.write(json.dumps(annotate(record), ensure_ascii=False) + "\n")
+    return path
+
+
+def phantoms():
+    """Training rows of the default phantom; many more validation and test rows of another one.
+
+    Tab. 3's set adds as many normal studies again as there are studies, with one sentence.
+    """
+    train = annotated(make_phantom(STUDY / "phantom", studies=2000), STUDY / "phantom.jsonl")
+    more = annotated(make_phantom(STUDY / "phantom+", studies=2000, duplicates=2000),
+                     STUDY / "phantom+.jsonl")
+    other = annotated(make_phantom(STUDY / "others", studies=5000, seed=1), STUDY / "others.jsonl")
+    return {"phantom": (train, other), "phantom+": (more, other)}
+
+
+def openi(folder, seed):
+    """OpenI with the tenth `seed` of its patients for test, always the same tenth for validation.
+
+    Tab. 3's set repeats each normal training study twice, with one sentence for a report.
+    """
+    raw = STUDY / "openi.jsonl"
+    if not raw.exists():
+        subprocess.run([sys.executable, HERE / "data.py", "openi", folder, "--out", raw],
+                       check=True)
+    whole = annotated(raw, STUDY / "openi_neg.jsonl")
+    plain, more = STUDY / f"openi-{seed}.jsonl", STUDY / f"openi+-{seed}.jsonl"
+    if not more.exists():
+        with open_atomic(plain) as plain_file, open_atomic(more) as more_file:
+            for _, record in read_jsonl(whole):
+                tenth = patient_hash(record["patient"]) % 1000 // 100
+                record["split"] = ("val" if tenth == 8 else "test" if tenth == (9, 0, 1)[seed]
+                                   else "train")
+                lines = [json.dumps(record) + "\n"]
+                plain_file.writelines(lines)
+                if record["split"] == "train" and record["targets"].get("No Finding") == 1:
+                    for copy in (1, 2):
+                        again = {k: record[k] for k in ("root", "image", "patient", "split")}
+                        again |= {"id": f"{record['id']}+{copy}", "report": DUPLICATE}
+                        lines.append(json.dumps(annotate(again)) + "\n")
+                more_file.writelines(lines)
+    return {"openi": (plain, plain), "openi+": (more, plain)}
+
+
+# ---------------------------------------------------------------- runs
+
+
+def run(job):
+    """Train and evaluate one run unless its result is there. Returns its name and error, if any."""
+    name, train, test, split, flags = job
+    folder, result = STUDY / name, STUDY / name / f"{split}.json"
+    if result.exists():
+        return None
+    commands = [[HERE / "train.py", "--train", train, "--val", test, "--out", folder, "--resume",
+                 "latest", "--workers", "0", *flags],
+                [HERE / "evaluate.py", folder, "--data", test, "--split", split, "--workers", "0",
+                 "--out", result]]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "output.txt", "a", encoding="utf-8") as log:
+        for command in commands:
+            done = subprocess.run([sys.executable, *command], stdout=log, stderr=subprocess.STDOUT,
+                                  env=os.environ | {"OMP_NUM_THREADS": "1"})
+            if done.returncode:
+                return f"{name}: failed, see {folder / 'output.txt'}"
+
+
+def run_all(jobs, parallel):
+    with ThreadPoolExecutor(parallel) as pool:
+        for error in tqdm(pool.map(run, jobs), total=len(jobs), desc="runs"):
+            if error:
+                tqdm.write(error)
+
+
+def phantom_jobs():
+    data = phantoms()
+    for seed in SEEDS:
+        for system in SYSTEMS:
+            yield (f"phantom-{system}-{seed}", *data["phantom"], "test",
+                   ["--system", system, "--seed", str(seed)])
+        for system in ("clip", "clip-dt", "clip-dtc"):
+            yield (f"phantom+-{system}-{seed}", *data["phantom+"], "test",
+                   ["--system", system, "--seed", str(seed), "--epochs", "7"])
+
+
+def openi_jobs(folder, seeds):
+    for seed in seeds:
+        data = openi(folder, seed)
+        for system in ("clip", "clip-dtc", "clip-n", "clip-n-dtc", "clip-ng-dtcg", "softclip"):
+            yield (f"openi-{system}-{seed}", *data["openi"], "test",
+                   ["--system", system, "--seed", str(seed), "--epochs", "10"])
+        for system in ("clip", "clip-dtc"):
+            yield (f"openi+-{system}-{seed}", *data["openi+"], "test",
+                   ["--system", system, "--seed", str(seed), "--epochs", "6"])
+
+
+def sweep_jobs():
+    """Every threshold and weight on its own, the others at their defaults."""
+    data = phantoms()["phantom"]
+    for flag, values in SWEEP.items():
+        for value in values:
+            for seed in SEEDS[:1]:
+                yield (f"sweep-{flag}-{value}-{seed}", *data, "val",
+                       ["--seed", str(seed), f"--{flag}", str(value)])
+
+
+def openi_sweep_jobs(folder):
+    data = openi(folder, 0)["openi"]
+    for tau_text, tau_clinical in OPENI_SWEEP:
+        yield (f"openi-sweep-{tau_text}-{tau_clinical}", *data, "val",
+               ["--system", "clip-n-dtc", "--epochs", "10", "--tau-text", str(tau_text),
+                "--tau-clinical", str(tau_clinical)])
+
+
+def cost():
+    """Median seconds a step and peak memory of every system relative to CLIP, run in turns."""
+    data, rows = phantoms()["phantom"][0], {}
+    for system in SYSTEMS:
+        folder = STUDY / f"cost-{system}"
+        if not (folder / "log.jsonl").exists():
+            subprocess.run([sys.executable, HERE / "train.py", "--train", data, "--out", folder,
+                            "--system", system, "--max-steps", "36"], check=True,
+                           capture_output=True)
+        steps = [r for r in records(folder) if "loss" in r]
+        rows[system] = (statistics.median(128 / r["images_per_s"] for r in steps[12:]),
+                        steps[-1]["memory_mb"])
+    print("| | time of a step | peak memory |\n|---|---|---|")
+    for system, (seconds, memory) in rows.items():
+        print(f"| {NAMES[system]} | {seconds / rows['clip'][0]:.2f} | "
+              f"{memory / rows['clip'][1]:.2f} |")
+
+
+# ---------------------------------------------------------------- what came out
+
+
+def records(folder):
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def scores(name, split="test"):
+    """METRICS of a run in percent, or None if it has not been run."""
+    path = STUDY / name / f"{split}.json"
+    if not path.exists():
+        return None
+    tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"]
+    return {name: 100 * tasks[task]["metrics"][metric]["value"]
+            for name, (task, metric) in METRICS.items() if task in tasks}
+
+
+class Results:
+    """Test scores of a data set's systems by seed: x[system][seed][metric], in percent.
+
+    A score is taken as system + seed + noise. The noise's standard deviation is pooled over all
+    systems, since two or three seeds of one system tell little.
+    """
+
+    def __init__(self, data):
+        self.x = {}
+        for system in SYSTEMS:
+            for key, folder in ((system, data), (f"{system}+", f"{data}+")):
+                runs = [scores(f"{folder}-{system}-{seed}") for seed in SEEDS]
+                if all(runs[:2]):
+                    self.x[key] = [run for run in runs if run]
+        self.seeds = min((len(runs) for runs in self.x.values()), default=0)
+
+    def values(self, system, metric):
+        return [run[metric] for run in self.x[system][:self.seeds]]
+
+    def cell(self, system, metric):
+        """Mean and standard deviation over the seeds."""
+        if system not in self.x:
+            return "-"
+        values = self.values(system, metric)
+        return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+    def noise(self, metric):
+        table = [self.values(system, metric) for system in self.x]
+        columns = [statistics.mean(column) for column in zip(*table, strict=True)]
+        whole = statistics.mean(columns)
+        squares = sum((value - statistics.mean(row) - columns[k] + whole) ** 2
+                      for row in table for k, value in enumerate(row))
+        return (squares / ((len(table) - 1) * (self.seeds - 1))) ** 0.5
+
+    def contrast(self, metric, weights):
+        """A difference of systems' means and its standard error; None if a system is missing."""
+        if not set(weights) <= set(self.x):
+            return None
+        value = sum(w * statistics.mean(self.values(system, metric))
+                    for system, w in weights.items())
+        share = sum(w * w for w in weights.values()) / self.seeds
+        return value, self.noise(metric) * share ** 0.5
+
+
+def verdict(value, error, sign):
+    """A difference of two standard errors counts; "not above" (sign 0) holds from zero down."""
+    if sign == 0:
+        return "holds" if value <= 0 else "does not" if value > 2 * error else "undecided"
+    value *= sign
+    return "holds" if value > 2 * error else "does not" if value < -2 * error else "undecided"
+
+
+def claims():
+    print("| claim | data | difference in points (± standard error) | |\n|---|---|---|---|")
+    for title, contrasts in CLAIMS.items():
+        for data in ("phantom", "openi"):
+            results, parts, verdicts = Results(data), [], []
+            for what, metric, sign, weights in contrasts:
+                known = results.contrast(metric, weights)
+                if known:
+                    verdicts.append(verdict(*known, sign))
+                    parts.append(f"{what} {known[0]:+.1f} ± {known[1]:.1f}")
+            order = ("does not", "undecided", "holds")
+            mixed = "in part" if {"does not", "holds"} <= set(verdicts) else None
+            whole = mixed or next((v for v in order if v in verdicts), "not run")
+            print(f"| {title} | {data} | {'; '.join(parts) or '-'} | {whole} |")
+
+
+def tables():
+    both = {data: Results(data) for data in ("phantom", "openi")}
+    for title, metrics, systems in TABLES:
+        heads = [f"{data} {m}" for data in both for m in metrics]
+        print(f"\n| {title} | {' | '.join(heads)} |" + "\n|---" * 0)
+        print("|---" * (len(heads) + 1) + "|")
+        for system in systems:
+            name = NAMES[system.rstrip("+")] + (" with normals" if "+" in system else "")
+            cells = [both[data].cell(system, m) for data in both for m in metrics]
+            print(f"| {name} | {' | '.join(cells)} |")
+    print()
+    claims()
+
+
+def sweep_rows():
+    """flag -> [(value, {ZS AUC, @5, A, B, positives})], means over the seeds; positives in %."""
+    rows = {}
+    for flag, values in SWEEP.items():
+        for value in values:
+            runs = []
+            for seed in SEEDS[:1]:
+                name = f"sweep-{flag}-{value}-{seed}"
+                if (run := scores(name, "val")):
+                    steps = [r for r in records(STUDY / name) if "loss" in r]
+                    stream = flag.split("-")[1]
+                    key = f"positives_{stream}"
+                    share = statistics.mean(r[key] for r in steps[-24:]) / 2.56
+                    runs.append(run | {"positives": share})
+            if runs:
+                rows.setdefault(flag, []).append(
+                    (value, {k: statistics.mean(run[k] for run in runs) for k in runs[0]}))
+    return rows
+
+
+def sweeps():
+    shown = ("ZS AUC", "@5", "F1", "A", "B", "positives")
+    print(f"\n| validation, phantom | | {' | '.join(shown)} of the 256 |\n{'|---' * 8}|")
+    for flag, points in sweep_rows().items():
+        for value, run in points:
+            print(f"| --{flag} | {value} | {' | '.join(f'{run[k]:.1f}' for k in shown)} |")
+    print(f"\n| validation, OpenI, CLIP^N-D_t+c | | {' | '.join(shown[:-1])} |\n{'|---' * 7}|")
+    for tau_text, tau_clinical in OPENI_SWEEP:
+        if (run := scores(f"openi-sweep-{tau_text}-{tau_clinical}", "val")):
+            print(f"| tau_t {tau_text} | tau_c {tau_clinical} | "
+                  f"{' | '.join(f'{run[k]:.1f}' for k in shown[:-1])} |")
+
+
+def figure(path):
+    """Zero-shot AUROC, retrieval @5 and effective positives against each threshold."""
+    colors = {"ZS AUC": "#3b6fb6", "@5": "#e08a2e", "positives": "#777777"}
+    rows = {flag: points for flag, points in sweep_rows().items() if flag.startswith("tau")}
+    image, draw, write = canvas(30 + 330 * len(rows), 420, "Thresholds, the others at their "
+                                "defaults: validation rows of the phantom, percent")
+    for place, (flag, points) in enumerate(rows.items()):
+        left = 60 + 330 * place
+        for k in range(0, 101, 20):
+            draw.line((left, 340 - 2.7 * k, left + 250, 340 - 2.7 * k), "#dddddd")
+            write(left - 8, 340 - 2.7 * k, k, "rm", 13)
+        write(left + 125, 385, f"--{flag}", "mm")
+        xs = [left + 20 + 210 * k / max(1, len(points) - 1) for k in range(len(points))]
+        for x, (value, _) in zip(xs, points, strict=True):
+            write(x, 358, value, "mm", 13)
+        for name, color in colors.items():
+            line = [(x, 340 - 2.7 * run[name]) for x, (_, run) in zip(xs, points, strict=True)]
+            draw.line(line, color, 3)
+            for x, y in line:
+                draw.ellipse((x - 4, y - 4, x + 4, y + 4), color)
+    for k, (name, text) in enumerate((("ZS AUC", "zero-shot AUROC"), ("@5", "retrieval @5"),
+                                      ("positives", "effective positives, % of 256 texts"))):
+        draw.rectangle((60 + 230 * k, 404, 76 + 230 * k, 412), colors[name])
+        write(82 + 230 * k, 408, text)
+    image.save(path)
+
+
+SWEEP = {"tau-text": (0.5, 0.8, 0.9, 0.95, 0.98), "tau-clinical": (0.3, 0.5, 0.7, 0.9),
+         "tau-graph": (0.5, 0.9, 0.98), "w-text": (0.5, 2.0), "w-clinical": (0.5, 2.0),
+         "w-graph": (0.5, 2.0)}
+OPENI_SWEEP = ((0.98, 0.9), (0.98, 0.7), (0.98, 0.5), (0.98, 0.3), (0.95, 0.5), (0.9, 0.5))
+FULL = "clip-ng-dtcg"
+CLAIMS = {
+    "C1 soft labels raise zero-shot AUC": (
+        ("D_t", "ZS AUC", 1, {"clip-dt": 1, "clip": -1}),
+        ("D_t+c", "ZS AUC", 1, {"clip-dtc": 1, "clip": -1})),
+    "C2 negatives alone do not": (("N", "ZS AUC", 0, {"clip-n": 1, "clip": -1}),),
+    "C3 negatives with soft labels beat either": (
+        ("over N", "ZS AUC", 1, {"clip-n-dtc": 1, "clip-n": -1}),
+        ("over D_t+c", "ZS AUC", 1, {"clip-n-dtc": 1, "clip-dtc": -1})),
+    "C4 negatives lift CXR-Align A": (("N", "A", 1, {"clip-n": 1, "clip": -1}),),
+    "C5 negatives alone lower CXR-Align B, the full method raises it": (
+        ("N", "B", -1, {"clip-n": 1, "clip": -1}), ("full", "B", 1, {FULL: 1, "clip": -1})),
+    "C6 the graph stream with soft labels helps fine-tuning": (
+        ("FT10, without N", "FT10", 1, {"clip-g-dtcg": 1, "clip-dtc": -1}),
+        ("FT10, with N", "FT10", 1, {FULL: 1, "clip-n-dtc": -1}),
+        ("FT100, with N", "FT100", 1, {FULL: 1, "clip-n-dtc": -1})),
+    "C7 the full method raises retrieval F1": (("full", "F1", 1, {FULL: 1, "clip": -1}),),
+    "C8 the full method raises adversarial accuracy": (
+        ("full", "ADV", 1, {FULL: 1, "clip": -1}),),
+    "C9 added normal reports hurt CLIP more than D_t+c, and lift normal case detection": (
+        ("ZS AUC, D_t+c's change less CLIP's", "ZS AUC", 1,
+         {"clip-dtc+": 1, "clip-dtc": -1, "clip+": -1, "clip": 1}),
+        ("NCD, CLIP", "NCD", 1, {"clip+": 1, "clip": -1}),
+        ("NCD, D_t+c", "NCD", 1, {"clip-dtc+": 1, "clip-dtc": -1})),
+    "C10 SoftCLIP falls below CLIP": (("SoftCLIP", "ZS AUC", -1, {"softclip": 1, "clip": -1}),),
+}
+TABLES = (
+    ("Tab. 2", ("ZS AUC", "FT10", "FT100"), tuple(NAMES)),
+    ("Tab. 3", ("ZS AUC", "FT10", "NCD"), ("clip", "clip+", "clip-dt", "clip-dt+", "clip-dtc",
+                                           "clip-dtc+")),
+    ("Tab. 4, 5", ("ADV", "@5", "F1"), tuple(NAMES)),
+    ("Tab. 6", ("A", "B"), tuple(NAMES)),
+)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("part", choices=("sweep", "phantom", "openi", "openi-sweep", "cost",
+                                         "report"), help="what to run; report prints what is there")
+    parser.add_argument("--openi", metavar="FOLDER", help="OpenI's download, for the openi parts")
+    parser.add_argument("--seeds", type=int, default=3, help="the first so many, for openi")
+    parser.add_argument("--parallel", type=int, default=2, help="runs at once, a thread each")
+    args = parser.parse_args(argv)
+    STUDY.mkdir(parents=True, exist_ok=True)
+    if args.part.startswith("openi") and not (args.openi or (STUDY / "openi.jsonl").exists()):
+        parser.error("expected --openi, the folder of OpenI's download")
+    if args.part == "cost":
+        return cost()
+    if args.part == "report":
+        tables()
+        sweeps()
+        return figure(STUDY / "thresholds.png")
+    jobs = {"sweep": sweep_jobs, "phantom": phantom_jobs,
+            "openi": lambda: openi_jobs(args.openi, SEEDS[:args.seeds]),
+            "openi-sweep": lambda: openi_sweep_jobs(args.openi)}[args.part]
+    run_all(list(jobs()), args.parallel)
+
+
+if __name__ == "__main__":
+    run_main(main)
