@@ -85,9 +85,10 @@ def openi(folder, seed):
                 tenth = patient_hash(record["patient"]) % 1000 // 100
                 record["split"] = ("val" if tenth == 8 else "test" if tenth == (9, 0, 1)[seed]
                                    else "train")
+                truth = record.get("targets") or record["labels"]
                 lines = [json.dumps(record) + "\n"]
                 plain_file.writelines(lines)
-                if record["split"] == "train" and record["targets"].get("No Finding") == 1:
+                if record["split"] == "train" and truth.get("No Finding") == 1:
                     for copy in (1, 2):
                         again = {k: record[k] for k in ("root", "image", "patient", "split")}
                         again |= {"id": f"{record['id']}+{copy}", "report": DUPLICATE}
@@ -198,7 +199,8 @@ def scores(name, split="test"):
         return None
     tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"]
     return {name: 100 * tasks[task]["metrics"][metric]["value"]
-            for name, (task, metric) in METRICS.items() if task in tasks}
+            for name, (task, metric) in METRICS.items()
+            if metric in tasks.get(task, {"metrics": ()})["metrics"]}
 
 
 class Results:
@@ -273,7 +275,7 @@ def tables():
     both = {data: Results(data) for data in ("phantom", "openi")}
     for title, metrics, systems in TABLES:
         heads = [f"{data} {m}" for data in both for m in metrics]
-        print(f"\n| {title} | {' | '.join(heads)} |" + "\n|---" * 0)
+        print(f"\n| {title} | {' | '.join(heads)} |")
         print("|---" * (len(heads) + 1) + "|")
         for system in systems:
             name = NAMES[system.rstrip("+")] + (" with normals" if "+" in system else "")
@@ -382,28 +384,36 @@ TABLES = (
 )
 
 
-def main(argv=None):
+PARTS = {"sweep": lambda args: sweep_jobs(), "phantom": lambda args: phantom_jobs(),
+         "openi": lambda args: openi_jobs(args.openi, SEEDS[:args.seeds]),
+         "openi-sweep": lambda args: openi_sweep_jobs(args.openi)}
+
+
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("part", choices=("sweep", "phantom", "openi", "openi-sweep", "cost",
-                                         "report"), help="what to run; report prints what is there")
+    parser.add_argument("part", choices=(*PARTS, "cost", "report"), help="what to run; report "
+                        "prints what has been run below runs/study")
     parser.add_argument("--openi", metavar="FOLDER", help="OpenI's download, for the openi parts")
-    parser.add_argument("--seeds", type=int, default=3, help="the first so many, for openi")
+    parser.add_argument("--seeds", type=int, default=3, choices=(2, 3), help="for openi")
     parser.add_argument("--parallel", type=int, default=2, help="runs at once, a thread each")
     args = parser.parse_args(argv)
-    STUDY.mkdir(parents=True, exist_ok=True)
     if args.part.startswith("openi") and not (args.openi or (STUDY / "openi.jsonl").exists()):
         parser.error("expected --openi, the folder of OpenI's download")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    STUDY.mkdir(parents=True, exist_ok=True)
     if args.part == "cost":
-        return cost()
-    if args.part == "report":
+        cost()
+    elif args.part == "report":
         tables()
         sweeps()
-        return figure(STUDY / "thresholds.png")
-    jobs = {"sweep": sweep_jobs, "phantom": phantom_jobs,
-            "openi": lambda: openi_jobs(args.openi, SEEDS[:args.seeds]),
-            "openi-sweep": lambda: openi_sweep_jobs(args.openi)}[args.part]
-    run_all(list(jobs()), args.parallel)
+        figure(STUDY / "thresholds.png")
+    else:
+        run_all(list(PARTS[args.part](args)), args.parallel)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import pytest
 import data
 import evaluate
 import negations
+import study
 import train
 
 ROOT = Path(train.__file__).resolve().parent
@@ -54,7 +55,8 @@ def test_the_map_names_code_and_tests_that_exist():
                          if isinstance(part, list) else part)
 def test_every_command_is_one_its_script_understands(script, words):
     parsers = {"train.py": train.parse_args, "evaluate.py": evaluate.parse_args,
-               "data.py": data.parse_args, "negations.py": negations.parse_args}
+               "data.py": data.parse_args, "negations.py": negations.parse_args,
+               "tests/study.py": study.parse_args}
     if script == "tests/benchmark.py":
         return
     parsers[script](words)
