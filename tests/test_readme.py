@@ -8,11 +8,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+import study
 
 import data
 import evaluate
 import negations
-import study
 import train
 
 ROOT = Path(train.__file__).resolve().parent
