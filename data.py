@@ -350,12 +350,14 @@ class Studies(Dataset):
         if stored:
             # ASSUMPTION: each epoch draws one of a study's stored hard negatives anew.
             drawn = stored[rng.integers(len(stored))]
+            # DIFFERS from Sec. 4.1: with --omitted, off by default, some negatives are r^r.
             if self.omitted and rng.random() < self.omitted:
                 own = (record.get("graph") or {}).get("entities", {})
                 graph = drawn.get("graph") or {}  # without the node that r^n has more
                 kept = {k: e for k, e in graph.get("entities", {}).items() if k in own}
                 drawn = drawn | {"report": drawn["omitted"], "graph": graph | {"entities": kept}}
             return drawn
+        # ASSUMPTION: not normal studies alone, but all without a stored negative draw a report.
         for _ in range(MAX_TRIES):
             other = self.manifest[self.single[rng.integers(len(self.single))]]
             if other.get("report") != record.get("report"):  # never a copy of the report itself
@@ -1037,7 +1039,7 @@ def build_siim(official, args):
     for _, row in official.table(tables, "ImageId", "EncodedPixels"):
         rows.append(row["ImageId"])
         found[row["ImageId"]] |= row["EncodedPixels"] not in ("", "-1")
-    # ASSUMPTION: SIIM is split by image, its ids sorted, so that no image leaks into test.
+    # DIFFERS from Sec. 5.1: SIIM is split by image, not by row, so that none leaks into test.
     names = rows if args.glorias_rows else sorted(found)
     for k, (name, split) in enumerate(zip(names, glorias_split(names), strict=True)):
         yield study(f"{name}/{k}" if args.glorias_rows else name, f"dicom-images-train/{name}.dcm",

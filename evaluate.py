@@ -445,7 +445,7 @@ def fit(train, val, rows, names):
     train, val: Bench; rows: training rows; names: classes; unknown truth is left out. val's loss
     chooses the L2 weight, then the epoch. head: embeddings (n, D) -> logits (n, K) in numpy.
     """
-    # ASSUMPTION: the head reads standardised embeddings; --full is AdamW 5e-5 from the best head.
+    # ASSUMPTION: FT is a linear probe of standardised embeddings; --full is AdamW 5e-5 from there.
     opt, model, device, best = train.opt, train.model, _device(train.model), (float("inf"),)
     x, y = train.images[rows].to(device), train.columns(names)[rows].to(device)  # (n, D), (n, K)
     y_val, mean, std = val.columns(names).to(device), x.mean(0), x.std(0, correction=0) + 1e-6
@@ -525,6 +525,7 @@ def fine_tune(bench):
 
 def retrieval(bench):
     """Sec. 5.7, Tab. 5: image to report among the distinct reports of the split."""
+    # ASSUMPTION: a report that repeats is one candidate, and right for each of its images.
     rows = np.array([i for i, report in enumerate(bench.reports) if report], int)
     place = {}
     own = torch.tensor([place.setdefault(bench.reports[i], len(place)) for i in rows])  # (n,)
@@ -560,7 +561,7 @@ def cxr_align(bench):
                     ([bench.reports[i] for i in rows], negated, omitted))      # (n,) each
     wins = {task: (own - other > TIE).astype(np.float32)
             for task, other in zip("AB", others, strict=True)}
-    wins["B"][[not text.strip() for text in omitted]] = np.nan  # a one-sentence report has no r^r
+    wins["B"][[not text.strip() for text in omitted]] = np.nan  # CXR-Align has empty ones
     columns = wins | {f"{task} {name}": np.where(names == name, wins[task], np.nan)
                       for name in CONDITIONS if name in names for task in wins}
     return bench.measure(columns, None, rows, row={"A": "A", "B": "B"}, chance={"A": 0.5, "B": 0.5},

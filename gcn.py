@@ -103,6 +103,7 @@ def collate_graphs(records: list[dict]) -> dict:
 
 def _normalize(adjacency: torch.Tensor) -> torch.Tensor:
     """D^-1/2 (A + I) D^-1/2 of a (..., V, V) adjacency of 0 and 1, made symmetric first."""
+    # ASSUMPTION: relations are undirected, their names unused; a graph is its nodes' mean.
     a = torch.maximum(adjacency, adjacency.mT)                                     # (..., V, V)
     a.diagonal(dim1=-2, dim2=-1).fill_(1)  # A + I; a self loop in the data stays one
     d = a.sum(-1).rsqrt()                                                          # (..., V)

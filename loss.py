@@ -4,7 +4,7 @@
     out = criterion(image, text, labels, logit_scale,         # unit rows (B, D), labels (B, K)
                     hard_text=hard_text, hard_labels=hard_labels)
     out["loss"].backward()
-    print({name: float(value) for name, value in out.items()})
+    print({name: value.item() for name, value in out.items()})
 
 The loss of one ordered pair of modalities is the KL divergence between soft labels, made from the
 similarities inside a modality, and the softmax of the similarities across modalities:
@@ -46,7 +46,8 @@ def above_threshold(similarity: torch.Tensor, tau: float, own: torch.Tensor) -> 
 def soft_labels(similarity: torch.Tensor, threshold: float) -> torch.Tensor:
     """Soft labels of Eq. 4, 5, 9: similarities above the threshold, stretched to (0, 1], rows to 1.
 
-    similarity: (n, n), entries in [-1, 1]; threshold: tau in [0, 1).
+    The same for a whole matrix as the loss does by blocks of rows. similarity: (n, n), entries in
+    [-1, 1]; threshold: tau in [0, 1).
     Returns (n, n) without gradient, float32 or float64. Raises ValueError otherwise.
     """
     if not 0 <= threshold < 1:
@@ -70,6 +71,7 @@ class DynamicSoftContrastiveLoss(nn.Module):
     Raises ValueError for a weight or threshold out of range.
     """
 
+    # ASSUMPTION: thresholds and weights are unpublished; tests/study.py chose these.
     def __init__(self, w_text=1.0, w_clinical=1.0, w_graph=1.0,
                  tau_text=0.98, tau_clinical=0.9, tau_graph=0.98, soft=True, row_chunk=None):
         super().__init__()
@@ -89,7 +91,8 @@ class DynamicSoftContrastiveLoss(nn.Module):
         """Evaluate the loss of a batch.
 
         image, text, graph, hard_text, hard_graph: (B, D), unit rows: v, T1, G1, T2, G2.
-        labels, hard_labels: (B, K), non-negative, not normalised: C1, C2.
+        labels, hard_labels: (B, K), non-negative, not normalised: C1, C2. Without any labels:
+            w_clinical=0 and torch.zeros(B, 1).
         logit_scale: 1 / temperature, a scalar tensor or a float.
         Returns "loss" (Eq. 10, a scalar) and detached scalars: the share of each ordered pair
         ("image_text", ...), which add up to the loss, and "positives_text", "_clinical", "_graph",
@@ -97,28 +100,28 @@ class DynamicSoftContrastiveLoss(nn.Module):
         Raises ValueError naming the argument and its shape; row lengths and signs are checked on
         the CPU always, on CUDA in the first call only, so that no later call waits for the device.
         """
-        rows = {"image": image, "text": text, "hard_text": hard_text,
-                "graph": graph, "hard_graph": hard_graph,
-                "labels": labels, "hard_labels": hard_labels}
-        rows = {name: x for name, x in rows.items() if x is not None}
-        self._check(rows)
+        inputs = {"image": image, "text": text, "hard_text": hard_text,
+                  "graph": graph, "hard_graph": hard_graph,
+                  "labels": labels, "hard_labels": hard_labels}
+        inputs = {name: x for name, x in inputs.items() if x is not None}
+        self._check(inputs)
         # Half precision is raised: similarities, softmax and KL need at least float32.
         dtype = torch.promote_types(image.dtype, torch.float32)
         with torch.autocast(image.device.type, enabled=False):
-            rows = {name: x.to(dtype) for name, x in rows.items()}
+            inputs = {name: x.to(dtype) for name, x in inputs.items()}
             scale = torch.as_tensor(logit_scale, dtype=dtype, device=image.device)
             if scale.numel() != 1:
                 raise ValueError(f"logit_scale: expected a scalar, got {tuple(scale.shape)}")
-            return self._loss(_gather(rows), scale, len(image))
+            return self._loss(_gather(inputs), scale, len(image))
 
-    def _loss(self, rows, scale, B):
-        """Eq. 10 of the gathered rows; the rows with index `own` are this rank's."""
-        N = len(rows["image"])
-        image = rows["image"]                                                 # (N, D)  v
-        text = _join(rows, "text")                                            # (M, D)  T = [T1; T2]
-        graph = _join(rows, "graph") if "graph" in rows else None             # (M, D)  G = [G1; G2]
+    def _loss(self, inputs, scale, B):
+        """Eq. 10 of the inputs of all ranks; the rows with index `own` are this rank's."""
+        image = inputs["image"]                                               # (N, D)  v
+        text = _join(inputs, "text")                                          # (M, D)  T = [T1; T2]
+        graph = _join(inputs, "graph") if "graph" in inputs else None         # (M, D)  G = [G1; G2]
         # ASSUMPTION: C is L2-normalised here; a report without labels is a zero row.
-        clinical = F.normalize(_join(rows, "labels"), dim=1)                  # (M, K)  C = [C1; C2]
+        clinical = F.normalize(_join(inputs, "labels"), dim=1)                # (M, K)  C = [C1; C2]
+        N = len(image)
         first = (dist.get_rank() if N > B else 0) * B
         own = torch.arange(first, first + B, device=image.device)             # (B,)
         if graph is not None and len(text) > N:
@@ -166,6 +169,7 @@ class DynamicSoftContrastiveLoss(nn.Module):
                 if a == b:
                     continue
                 # "we use T1 and G1 instead of T and G when compared with I" (Eq. 10).
+                # ASSUMPTION: T1, G1 are rows against I; I->T and I->G keep the 2B columns of Eq. 1.
                 # ASSUMPTION: T<->G compares all 2B rows; each KL is the mean over its rows.
                 r = R if "image" not in (a, b) else R1
                 m = N if b == "image" else M
@@ -204,10 +208,10 @@ class DynamicSoftContrastiveLoss(nn.Module):
             y_log_y = y.clamp(min=1e-30).log_().mul_(y)  # 0 log 0 = 0; xlogy takes 8 times as long
             # ASSUMPTION: a smaller block of logits takes the top-left block of y, re-normalised.
             for r, m in {(len(rows), x.shape[0]), (R1, N)}:
-                z = y[:r, :m].sum(1)                                          # (r,) row sums
-                h = z.log() - y_log_y[:r, :m].sum(1) / z                      # (r,) entropy of y/z
+                total = y[:r, :m].sum(1)                                      # (r,)
+                h = total.log() - y_log_y[:r, :m].sum(1) / total  # (r,) entropy of y / total
                 w = self.weights[name]
-                mixed = y[:r, :m] * (w / z)[:, None]                          # (r, m)
+                mixed = y[:r, :m] * (w / total)[:, None]                      # (r, m)
                 targets[m] = targets[m].add_(mixed) if m in targets else mixed
                 entropy[m] = entropy.get(m, 0) + w * h
                 if m == x.shape[0]:
@@ -217,36 +221,41 @@ class DynamicSoftContrastiveLoss(nn.Module):
     def _weigh(self, similarity, tau, rows, scale):
         return above_threshold(similarity, tau, rows)
 
-    def _check(self, rows):
+    def _check(self, inputs):
         """Shapes always; values and the other ranks' batch size where that costs no waiting."""
-        B, D = rows["image"].shape if rows["image"].dim() == 2 else (0, 0)
-        if not B:
-            raise ValueError(f"image: expected (B, D) with rows, got {tuple(rows['image'].shape)}")
-        width = rows["labels"].shape[-1] if rows["labels"].dim() else 0
-        for name, x in rows.items():
-            expected = (B, width if name.endswith("labels") else D)
-            if tuple(x.shape) != expected:
-                raise ValueError(f"{name}: expected shape {expected}, got {tuple(x.shape)}")
+        image, labels = inputs["image"], inputs.get("labels")
+        if image.dim() != 2 or not len(image):
+            raise ValueError(f"image: expected (B, D) with rows, got {tuple(image.shape)}")
+        if labels is None or labels.dim() != 2:
+            raise ValueError("labels: expected (B, K), a column for each label, got "
+                             f"{None if labels is None else tuple(labels.shape)}")
+        shapes = {name: (len(image), (labels if name.endswith("labels") else image).shape[1])
+                  for name in ("image", "text", "labels", "hard_text", "hard_labels", "graph",
+                               "hard_graph")}
+        for name, x in inputs.items():
+            if tuple(x.shape) != shapes[name]:
+                raise ValueError(f"{name}: expected shape {shapes[name]}, got {tuple(x.shape)}")
         for given, needed in (("hard_text", "hard_labels"), ("hard_labels", "hard_text"),
                               ("hard_graph", "graph"), ("hard_graph", "hard_text")):
-            if given in rows and needed not in rows:
-                raise ValueError(f"{needed}: expected shape {tuple(rows[given].shape)} beside "
-                                 f"{given}, got None")
-        if {"hard_text", "graph"} <= rows.keys() and "hard_graph" not in rows:
-            raise ValueError(f"hard_graph: expected shape {(B, D)} since texts have hard negatives "
-                             "and there is a graph, got None")
-        if rows["image"].is_cuda and self._values_checked:
+            if given in inputs and needed not in inputs:
+                raise ValueError(f"{needed}: expected shape {shapes[needed]} beside {given}, "
+                                 "got None")
+        if {"hard_text", "graph"} <= inputs.keys() and "hard_graph" not in inputs:
+            raise ValueError(f"hard_graph: expected shape {shapes['hard_graph']} since texts have "
+                             "hard negatives and there is a graph, got None")
+        if image.is_cuda and self._values_checked:
             return
         self._values_checked = True
-        for name, x in rows.items():
+        for name, x in inputs.items():
             if name.endswith("labels"):
                 if not bool(((x >= 0) & (x < float("inf"))).all()):
                     raise ValueError(f"{name}: expected non-negative, finite values in "
-                                     f"{tuple(x.shape)}")
+                                     f"{tuple(x.shape)}; make an uncertain -1 a 1 or a 0")
             elif float((x.detach().float().norm(dim=1) - 1).abs().max()) > 1e-2:
-                raise ValueError(f"{name}: expected unit rows (L2) in {tuple(x.shape)}")
+                raise ValueError(f"{name}: expected unit rows in {tuple(x.shape)}; use "
+                                 "F.normalize(x, dim=-1)")
         if _world() > 1:
-            sizes = [torch.tensor([B], device=rows["image"].device) for _ in range(_world())]
+            sizes = [torch.tensor([len(image)], device=image.device) for _ in range(_world())]
             dist.all_gather(sizes, sizes[dist.get_rank()].clone())
             if len({int(size) for size in sizes}) > 1:
                 raise ValueError(f"image: expected the same number of rows on every rank, got "
@@ -272,18 +281,19 @@ def _world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _gather(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _gather(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """All ranks' rows of every tensor in one exchange: {name: (B, d)} -> {name: (N, d)}."""
     if _world() == 1:
-        return rows
-    joined = AllGather.apply(torch.cat(list(rows.values()), dim=1))           # (N, sum of widths)
-    parts = joined.split([x.shape[1] for x in rows.values()], dim=1)
-    return dict(zip(rows, parts, strict=True))
+        return inputs
+    joined = AllGather.apply(torch.cat(list(inputs.values()), dim=1))         # (N, sum of widths)
+    parts = joined.split([x.shape[1] for x in inputs.values()], dim=1)
+    return dict(zip(inputs, parts, strict=True))
 
 
-def _join(rows, name):
+def _join(inputs, name):
     """[X1; X2] of Sec. 4.2, (M, d): reports of all ranks, then their hard negatives."""
-    return torch.cat([rows[name], rows[f"hard_{name}"]]) if f"hard_{name}" in rows else rows[name]
+    hard = f"hard_{name}"
+    return torch.cat([inputs[name], inputs[hard]]) if hard in inputs else inputs[name]
 
 
 class AllGather(torch.autograd.Function):

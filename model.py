@@ -29,7 +29,8 @@ from torch.nn import functional as F
 from gcn import GCN, NODE_LABELS, collate_graphs
 
 MAX_TOKENS = 256                   # CXR-CLIP's; BERT itself ends at 512
-MEAN = STD = 0.5                   # pixels in [0, 1] are normalised to [-1, 1]
+# ASSUMPTION: pixels in [0, 1] are normalised to [-1, 1], for pretrained weights too.
+MEAN = STD = 0.5
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's clamp
 GRAPH_HIDDEN = 256
 TEXTS_AT_ONCE = 64                 # few reports are long: sorted parts waste little on padding

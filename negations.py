@@ -326,6 +326,7 @@ def label_report(text):
     No Finding is 1 if there is a text in which no abnormality, of the 14 or not, is present or
     uncertain (support devices aside), else absent.
     """
+    # DIFFERS from Sec. 4.2: labels come from rules, unless --labeler chexbert or given.
     sentences = _sentences(text)
     labels = _said(sentences)
     normal = sentences and not any(v for c, v in labels.items() if c != "Support Devices")
@@ -479,6 +480,7 @@ def _noun_phrase(sentence, mention):
 
 def split_sentences(text):
     """Sentences of one clinical entity each, where rules can cut lists and the like (Sec. 3)."""
+    # DIFFERS from Sec. 3: rules split and omit, where the paper asks Gemini; --llm asks your model.
     return [piece for sentence in _sentences(text) for piece in _split(sentence)]
 
 
@@ -607,6 +609,7 @@ def _sentence_graph(sentence):
 
 def rule_graph(sentences):
     """A RadGraph record by rule: anatomy; present, absent, uncertain observations; relations."""
+    # DIFFERS from Sec. 4.3: graphs come from rules, unless --graphs or the record brings them.
     text, entities = [], {}
     for tokens, nodes in map(_sentence_graph, sentences):
         at, base = len(text), len(entities) + 1

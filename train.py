@@ -1,7 +1,7 @@
 """Train the systems of Tab. 2 (Sec. 5.2, 5.5): `torchrun train.py`, native DistributedDataParallel.
 
     torchrun train.py                                           the whole method on the phantom
-    torchrun --nproc-per-node 8 train.py --train mimic.jsonl \\
+    torchrun --nproc-per-node 8 train.py --train mimic_neg.jsonl \\
         --image-encoder swin_t.pth --text-encoder emilyalsentzer/Bio_ClinicalBERT --image-size 224
 
 A run folder holds config.json, log.jsonl (one JSON object a line), last.pt, previous.pt, best.pt
@@ -70,22 +70,22 @@ def parse_args(argv=None):
     add("--uncertain", choices=("positive", "negative"), default="positive",
         help="what an uncertain label counts as in C")
     add("--omitted", type=float, default=0.0, metavar="SHARE", help="of the hard negatives: leave "
-        "the finding out (r^r) instead of denying it (r^n), against learning to avoid negations")
+        "the finding out (r^r) instead of denying it (r^n); the paper's is 0")
     add("--workers", type=int, default=2, help="reading processes per rank; about the number of "
         "cores per GPU, 0 to read in between")
     add = parser.add_argument_group("model").add_argument
     add("--system", choices=SYSTEMS, default="clip-ng-dtcg", help="row of Tab. 2")
+    # DIFFERS from Sec. 5.2: small encoders and images are the default; the paper's are flags.
     add("--image-encoder", default="tiny", metavar="tiny|swin-t|PATH",
         help="swin-t is the paper's with random weights, PATH a file of torchvision's Swin-T")
     add("--text-encoder", default="tiny", metavar="tiny|PATH|ID",
         help="BERT-family folder or hub id; the paper's is emilyalsentzer/Bio_ClinicalBERT")
     add("--image-size", type=int, default=64, help="pixels; the paper's is 224")
     add("--width", type=int, default=512, help="width D of the joint embedding")
-    # ASSUMPTION: thresholds and weights are unpublished; these do not collapse from random weights.
     add = parser.add_argument_group("loss (Eq. 4-10; the paper publishes no values)").add_argument
     for letter, stream in zip("TCG", ("text", "clinical", "graph"), strict=True):
         add(f"--w-{stream}", type=float, default=1.0, help=f"weight w_{letter} of Eq. 10")
-    for stream, tau in (("text", 0.98), ("clinical", 0.9), ("graph", 0.98)):
+    for stream, tau in DynamicSoftContrastiveLoss().thresholds.items():
         add(f"--tau-{stream}", type=float, default=tau, help="threshold; lower shares labels among "
             "more studies, and collapses where all similarities are high")
     add("--row-chunk", type=int, help="evaluate the loss that many rows at a time, to save memory")
@@ -497,11 +497,11 @@ def train(run, model, criterion, batches, studies, val_rows, epoch_steps, total)
             lr = learning_rate(step, args, epoch_steps)
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
-            # forward + loss
+            # forward + loss + backward
             run.optimizer.zero_grad()
             out = forward_backward(model, criterion, micro, autocast,
                                    functools.partial(seed_step, args.seed, step, run.rank))
-            # backward + step: the loss and the norm are one on all ranks, so all skip together
+            # step: the loss and the norm are one on all ranks, so all skip together
             norm = torch.nn.utils.clip_grad_norm_(run.clip.parameters(), args.clip)
             flags = torch.tensor([float(len(signals)), len(unreadable)], device=device)
             if run.world > 1:

@@ -8,7 +8,8 @@
     python tests/study.py report                      tables, claims, figure of what has been run
 
 Every run is `train.py` with its own folder below runs/study, two at once with a thread each, and
-is taken up again where it was stopped. Nothing is chosen on the rows that are reported: sweeps read
+is taken up again where it was stopped. All are judged by the weights of their last step, so that
+no system is stopped at a luckier one. Nothing is chosen on the rows that are reported: sweeps read
 validation rows, the other parts test rows.
 
 SPDX-License-Identifier: MIT
@@ -106,10 +107,10 @@ def run(job):
     folder, result = STUDY / name, STUDY / name / f"{split}.json"
     if result.exists():
         return None
-    commands = [[HERE / "train.py", "--train", train, "--val", test, "--out", folder, "--resume",
-                 "latest", "--workers", "0", *flags],
-                [HERE / "evaluate.py", folder, "--data", test, "--split", split, "--workers", "0",
-                 "--out", result]]
+    commands = [[HERE / "train.py", "--train", train, "--out", folder, "--resume", "latest",
+                 "--workers", "0", *flags],
+                [HERE / "evaluate.py", folder / "last.pt", "--data", test, "--split", split,
+                 "--workers", "0", "--out", result]]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "a", encoding="utf-8") as log:
         for command in commands:

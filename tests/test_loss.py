@@ -111,7 +111,7 @@ def test_loss_and_gradients_equal_the_literal_equations(B, negatives, graphs, so
         s = scale.detach().to(dtype).requires_grad_()
         out, grads = value_and_gradients(DynamicSoftContrastiveLoss(**SETTINGS, soft=soft), cast, s)
         assert out["loss"].dtype == dtype
-        assert float(out["loss"]) == pytest.approx(float(expected), rel=tolerance, abs=tolerance)
+        assert out["loss"].item() == pytest.approx(float(expected), rel=tolerance, abs=tolerance)
         for grad, wanted in zip(grads, expected_grads, strict=True):
             wanted = torch.zeros_like(grad) if wanted is None else wanted
             assert relative(grad, wanted) < 10 * tolerance
@@ -129,7 +129,7 @@ def test_any_weight_and_threshold_equals_the_literal_equations(change):
     out, grads = value_and_gradients(DynamicSoftContrastiveLoss(**settings), batch, scale)
     expected = literal_loss(batch, scale, **settings)
     leaves = [v for v in batch.values() if v.requires_grad] + [scale]
-    assert float(out["loss"]) == pytest.approx(float(expected), rel=1e-10, abs=1e-12)
+    assert out["loss"].item() == pytest.approx(float(expected), rel=1e-10, abs=1e-12)
     if any(settings[w] for w in ("w_text", "w_clinical", "w_graph")):
         for grad, wanted in zip(grads, torch.autograd.grad(expected, leaves), strict=True):
             assert relative(grad, wanted) < 1e-9
@@ -142,7 +142,7 @@ def test_one_hot_targets_reduce_to_clip():
                                                 scale)
     logits, own = scale * batch["image"] @ batch["text"].T, torch.arange(16)
     info_nce = F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
-    assert float(out["loss"]) == pytest.approx(float(info_nce), rel=1e-12)
+    assert out["loss"].item() == pytest.approx(float(info_nce), rel=1e-12)
     # The same limit from the soft side: distinct rows and a threshold above every similarity.
     distinct = DynamicSoftContrastiveLoss(1.0, 0.0, 0.0, tau_text=0.9999)
     batch = make_batch(4, negatives=False, graphs=False)
@@ -209,7 +209,7 @@ def test_half_precision_rows_are_compared_in_float32(dtype):
         out = criterion(half["image"], half["text"], half["labels"], 14.0,
                         **{k: half[k] for k in keys})
     assert out["loss"].dtype == torch.float32 and math.isfinite(out["loss"])
-    assert float(out["loss"]) == pytest.approx(float(full["loss"]), rel=1e-2)
+    assert out["loss"].item() == pytest.approx(float(full["loss"]), rel=1e-2)
 
 
 @pytest.mark.parametrize("criterion", [DynamicSoftContrastiveLoss(), SoftCLIPLoss()])
@@ -231,18 +231,21 @@ def test_softclip_targets_are_the_softmax_of_text_similarities():
     logits = scale * batch["image"] @ batch["text"].T
     expected = sum(F.kl_div(z.log_softmax(1), y, reduction="batchmean")
                    for z in (logits, logits.T))
-    assert float(out["loss"]) == pytest.approx(float(expected), rel=1e-10)
+    assert out["loss"].item() == pytest.approx(float(expected), rel=1e-10)
 
 
 @pytest.mark.parametrize("change,message", [
     ({"text": torch.zeros(4, 7)}, r"text: expected shape \(4, 8\), got \(4, 7\)"),
     ({"labels": torch.zeros(3, 14)}, r"labels: expected shape \(4, 14\), got \(3, 14\)"),
-    ({"image": torch.full((4, 8), 0.5)}, r"image: expected unit rows \(L2\) in \(4, 8\)"),
+    ({"image": torch.full((4, 8), 0.5)}, r"image: expected unit rows in \(4, 8\); use F.normalize"),
     ({"labels": -torch.ones(4, 14)}, "labels: expected non-negative"),
     ({"labels": torch.full((4, 14), float("nan"))}, "labels: expected non-negative, finite"),
     ({"hard_graph": None}, r"hard_graph: expected shape \(4, 8\)"),
-    ({"hard_labels": None}, "hard_labels: expected shape"),
-    ({"hard_text": None, "hard_labels": None}, "hard_text: expected shape"),
+    ({"labels": None}, r"labels: expected \(B, K\), a column for each label, got None"),
+    ({"labels": torch.ones(4)}, r"labels: expected \(B, K\), a column for each label, got \(4,\)"),
+    ({"hard_labels": None}, r"hard_labels: expected shape \(4, 14\) beside hard_text"),
+    ({"hard_text": None}, r"hard_text: expected shape \(4, 8\) beside hard_labels"),
+    ({"hard_text": None, "hard_labels": None}, r"hard_text: expected shape \(4, 8\)"),
 ])
 def test_wrong_arguments_are_named_with_their_shape(change, message):
     batch = {k: v.detach().float() for k, v in make_batch(4).items()} | change
