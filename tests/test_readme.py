@@ -5,15 +5,19 @@ SPDX-License-Identifier: MIT
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
 import study
+import torch
+from torch.nn import functional as F
 
 import data
 import evaluate
 import negations
 import train
+from loss import DynamicSoftContrastiveLoss
 
 ROOT = Path(train.__file__).resolve().parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -65,6 +69,36 @@ def test_every_command_is_one_its_script_understands(script, words):
 def test_the_headers_example_is_the_readmes():
     header = (ROOT / "loss.py").read_text(encoding="utf-8").split("\n\n")[1]
     assert header in README
+
+
+def block(first):
+    """The indented block of the README that starts with this line."""
+    after = README[README.index(f"    {first}"):].split("\n\n")[0]
+    return textwrap.dedent(after)
+
+
+def test_the_loops_that_take_the_loss_run():
+    g = torch.Generator().manual_seed(0)
+    pixels, tokens = (torch.randn(4, 6, generator=g) for _ in range(2))
+    labels, layer = torch.eye(4), torch.nn.Linear(6, 8)
+    names = {"torch": torch, "F": F, "criterion": DynamicSoftContrastiveLoss(),
+             "loader": [(pixels, tokens, labels, -tokens, 1 - labels)] * 2,
+             "encode_image": layer, "encode_text": torch.nn.Linear(6, 8),
+             "logit_scale": torch.nn.Parameter(torch.tensor(2.0)),
+             "optimizer": torch.optim.SGD(layer.parameters(), lr=0.1)}
+    before = layer.weight.clone()
+    exec(block("for pixels, tokens"), names)
+    assert not torch.equal(before, layer.weight) and names["logit_scale"].grad is not None
+
+    def open_clips_model(images, texts):  # returns unit rows by name
+        return {"image_features": F.normalize(layer(images), dim=-1),
+                "text_features": F.normalize(names["encode_text"](texts), dim=-1),
+                "logit_scale": names["logit_scale"].exp()}
+
+    names |= {"model": open_clips_model, "images": pixels, "texts": tokens, "hard_texts": -tokens,
+              "labels": labels, "hard_labels": 1 - labels}
+    exec(block("out = model(images"), names)
+    assert names["total_loss"].requires_grad and names["total_loss"].item() > 0
 
 
 def test_the_top_level_is_what_the_readme_lists():
