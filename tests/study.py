@@ -161,10 +161,11 @@ def sweep_jobs():
 
 def openi_sweep_jobs(folder):
     data = openi(folder, 0)["openi"]
-    for tau_text, tau_clinical in OPENI_SWEEP:
-        yield (f"openi-sweep-{tau_text}-{tau_clinical}", *data, "val",
-               ["--system", "clip-n-dtc", "--epochs", "10", "--tau-text", str(tau_text),
-                "--tau-clinical", str(tau_clinical)])
+    for point in OPENI_SWEEP:
+        flags = (word for flag, value in zip(OPENI_FLAGS, point, strict=True)
+                 for word in (flag, str(value)))
+        yield (f"openi-sweep-{'-'.join(map(str, point))}", *data, "val",
+               ["--system", "clip-n-dtc", "--epochs", "10", *flags])
 
 
 def cost():
@@ -296,9 +297,8 @@ def sweep_rows():
                 name = f"sweep-{flag}-{value}-{seed}"
                 if (run := scores(name, "val")):
                     steps = [r for r in records(STUDY / name) if "loss" in r]
-                    stream = flag.split("-")[1]
-                    key = f"positives_{stream}"
-                    share = statistics.mean(r[key] for r in steps[-24:]) / 2.56
+                    stream = flag.split("-")[1] if "-" in flag else "text"
+                    share = statistics.mean(r[f"positives_{stream}"] for r in steps[-24:]) / 2.56
                     runs.append(run | {"positives": share})
             if runs:
                 rows.setdefault(flag, []).append(
@@ -312,11 +312,12 @@ def sweeps():
     for flag, points in sweep_rows().items():
         for value, run in points:
             print(f"| --{flag} | {value} | {' | '.join(f'{run[k]:.1f}' for k in shown)} |")
-    print(f"\n| validation, OpenI, CLIP^N-D_t+c | | {' | '.join(shown[:-1])} |\n{'|---' * 7}|")
-    for tau_text, tau_clinical in OPENI_SWEEP:
-        if (run := scores(f"openi-sweep-{tau_text}-{tau_clinical}", "val")):
-            print(f"| tau_t {tau_text} | tau_c {tau_clinical} | "
-                  f"{' | '.join(f'{run[k]:.1f}' for k in shown[:-1])} |")
+    heads = " | ".join((*OPENI_FLAGS, *shown[:-1]))
+    print(f"\n| validation, OpenI, CLIP^N-D_t+c | {heads} |\n{'|---' * (len(shown) + 3)}|")
+    for point in OPENI_SWEEP:
+        if (run := scores(f"openi-sweep-{'-'.join(map(str, point))}", "val")):
+            cells = [*map(str, point), *(f"{run[k]:.1f}" for k in shown[:-1])]
+            print(f"| | {' | '.join(cells)} |")
 
 
 def figure(path):
@@ -348,8 +349,10 @@ def figure(path):
 
 SWEEP = {"tau-text": (0.5, 0.8, 0.9, 0.95, 0.98), "tau-clinical": (0.3, 0.5, 0.7, 0.9),
          "tau-graph": (0.5, 0.9, 0.98), "w-text": (0.5, 2.0), "w-clinical": (0.5, 2.0),
-         "w-graph": (0.5, 2.0)}
-OPENI_SWEEP = ((0.98, 0.9), (0.98, 0.7), (0.98, 0.5), (0.98, 0.3), (0.95, 0.5), (0.9, 0.5))
+         "w-graph": (0.5, 2.0), "omitted": (0.5, 1.0)}
+OPENI_FLAGS = ("--tau-text", "--tau-clinical", "--omitted")
+OPENI_SWEEP = ((0.98, 0.9, 0), (0.98, 0.7, 0), (0.98, 0.5, 0), (0.98, 0.3, 0), (0.95, 0.5, 0),
+               (0.9, 0.5, 0), (0.98, 0.5, 0.5), (0.98, 0.5, 1))
 FULL = "clip-ng-dtcg"
 CLAIMS = {
     "C1 soft labels raise zero-shot AUC": (
