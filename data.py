@@ -818,6 +818,8 @@ def write_manifest(name, records, root, out, keep_missing=False):
                 patients.setdefault(record["patient"], set()).add(record["split"])
                 line = {"id": identity, "root": str(root), **record}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        expect(counts["studies"] or counts[missing], root, f"studies of {name} here, none is left "
+               f"{dict(skipped) or ''}")
         expect(counts["studies"], root, f"the images of {name} here, {counts[missing]} are missing "
                f"(--keep-missing keeps such studies) {dict(skipped) or ''}")
     shared = sum(len(splits) > 1 for splits in patients.values())
@@ -947,7 +949,7 @@ def build_mimic(official, args):
             continue
         image = f"{folder}/{name}.jpg"
         yield study(name, image, official.path(image), subject, splits[name], report=report,
-                    labels=labels.get(number, {}))
+                    labels=labels.get(number, {}), study_id=number)
 
 
 def build_chexpert_plus(official, args):
@@ -1291,7 +1293,8 @@ def parse_args(argv=None):
         add = commands.add_parser(name, help=run.__doc__, formatter_class=style).add_argument
         add("manifest", help="JSON Lines of any of the sets")
         add("--image-root", help="replaces every record's root")
-        add("--workers", type=int, default=0, help="processes that read images")
+        add("--workers", type=int, default=os.cpu_count() or 1,
+            help="processes that read images; 0 for none")
         if name == "cache":
             add("--out", required=True, help="folder to write into; resumes")
             add("--size", type=int, default=256, help="shorter side in pixels")

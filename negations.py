@@ -676,7 +676,8 @@ class GraphFile:
 
     def get(self, record, number):
         """The graph of a manifest's record, on this line of it; None if the file has none."""
-        keys = [*self._STUDY.findall(f"{record['id']} {record.get('image')}"), str(number - 1)]
+        found = self._STUDY.findall(f"{record['id']} {record.get('image')}")
+        keys = [str(record["study_id"])] if "study_id" in record else [*found, str(number - 1)]
         start, end = next((self.at[key] for key in keys if key in self.at), (None, None))
         if start is None:
             return None
@@ -878,6 +879,8 @@ def read_jsonl(path):
 @contextlib.contextmanager
 def open_atomic(path, mode="w"):
     """Opens a temporary file beside path, renamed at the end: path is never half written."""
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"{path}: expected a folder {Path(path).parent} to write to")
     handle, name = tempfile.mkstemp(dir=Path(path).parent, prefix=f".{Path(path).name}.")
     try:
         text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
@@ -919,6 +922,9 @@ def _checked(path, number, line, labeler):
     record = _parse(path, number, line)
     if not all(isinstance(record.get(key), str) for key in ("id", "report")):
         raise ValueError(f"{path}:{number}: expected the strings id and report")
+    if record["id"].startswith("cxr-align/"):
+        raise ValueError(f"{path}:{number}: CXR-Align's own r^r and r^n would be overwritten; "
+                         "evaluate.py takes the file as it is")
     labels = record.get("labels")
     if labeler == "given" and not (isinstance(labels, dict) and all(
             c in CONDITIONS and v in (1, 0, -1) for c, v in labels.items())):

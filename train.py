@@ -237,9 +237,9 @@ def memory_mb(device):
 class Run:
     """What a run carries from step to step, and its record in the run folder, kept by rank 0."""
 
-    def __init__(self, args, folder, rank, world, device, clip, optimizer):
+    def __init__(self, args, folder, rank, world, device, clip, optimizer, studies):
         self.args, self.folder, self.device = args, folder, device
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.studies = rank, world, studies  # a number
         self.clip, self.optimizer = clip, optimizer
         self.state = {"step": 0, "validated": 0, "skipped": 0, "skipped_in_a_row": 0,
                       "unreadable": 0, "best": {}}  # step counts finished steps
@@ -251,6 +251,9 @@ class Run:
                    if name not in FREE_ON_RESUME and saved["flags"].get(name) != value]
         if changed:
             raise ValueError(f"cannot resume with other flags: {'; '.join(changed)}")
+        if saved["studies"] != self.studies:
+            raise ValueError(f"cannot resume with other data: --train had {saved['studies']} "
+                             f"training studies, has {self.studies} now")
         self.clip.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.state = saved["state"]
@@ -302,7 +305,7 @@ class Run:
             with open_atomic(path, "wb") as file:
                 torch.save({"model": self.clip.state_dict(), "model_config": self.clip.config,
                             "optimizer": self.optimizer.state_dict(), "state": self.state,
-                            "flags": flags, "world": self.world}, file)
+                            "flags": flags, "world": self.world, "studies": self.studies}, file)
         except OSError as error:
             self.say(f"warning: {path} was not written ({error.strerror}); the one before stands")
 
@@ -573,9 +576,10 @@ def main(argv=None):
     # Only now, so that a mistake in the flags above leaves no folder behind.
     folder, locks = on_rank_0(lambda: open_folder(args), rank, world), []
     on_rank_0(lambda: locks.append(lock_folder(folder)), rank, world)
-    run = Run(args, folder, rank, world, device, clip, optimizer)
+    run = Run(args, folder, rank, world, device, clip, optimizer, len(studies))
     if saved:
         run.resume(saved)
+    del saved  # as large as the model and its optimiser
     if run.state["validated"] < total:
         run.start_log(total, len(studies), len(val_rows))
         model = DistributedDataParallel(clip) if world > 1 else clip

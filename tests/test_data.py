@@ -377,6 +377,7 @@ def test_mimic_keeps_frontal_views_and_parses_sections(tmp_path, capsys):
     }
     assert rows["mimic/a1"]["labels"] == {"Cardiomegaly": 1, "Edema": -1}
     assert rows["mimic/a1"]["image"] == "files/p10/p10000032/s50414267/a1.jpg"
+    assert rows["mimic/a1"]["study_id"] == "50414267"  # of RadGraph's records, in the cache too
     said = " ".join(capsys.readouterr().out.split())
     assert "view not PA or AP 1" in said and "neither findings nor impression 1" in said
     assert "no report file 1" in said

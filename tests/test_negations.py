@@ -369,19 +369,33 @@ def read(path):
 def test_radgraph_files_are_matched_by_study_or_by_line(tmp_path, capsys, key):
     records = [{"id": "mimic/59999999", "report": "Effusion."},
                {"id": "mimic/51234567", "report": "Effusion."},
-               {"id": "mimic/abc", "report": "Effusion.", "image": "files/p1/s51234567/abc.jpg"}]
+               {"id": "mimic/abc", "report": "Effusion.", "image": "files/p1/s51234567/abc.jpg"},
+               {"id": "mimic/abd", "report": "Effusion.", "study_id": "51234567"},
+               {"id": "mimic/a-51234567-f", "report": "Effusion.", "study_id": "59999999"}]
     graphs = tmp_path / "graphs.json"
     graphs.write_text(json.dumps({"p10/p1/s50000000.txt": XL | {"text": "a b"}, key: XL}, indent=1))
     source = write(tmp_path / "in.jsonl", records)
     options = ["--graphs", str(graphs), "--workers", "1"]
     N.main([str(source), "--out", str(tmp_path / "out.jsonl"), *options])
     found = [r["graph"] == XL for r in read(tmp_path / "out.jsonl")]
-    assert found == ([False, True, True] if "/" in key else [False, True, False])
+    assert found == ([False, True, True, True, False] if "/" in key else [False, True] + 3 * [False])
     missing = found.count(False)
     assert f"graphs: not in the file, made by rule{missing:25d}" in capsys.readouterr().out
     graphs.write_text('{"p10/p10000001/s51234567.txt": {"text": 5, "entities": {}}}')
     with pytest.raises(ValueError, match="graphs.json: expected a RadGraph record at byte"):
         N.main([str(source), "--out", str(tmp_path / "x.jsonl"), *options])
+
+
+def test_official_negatives_are_not_overwritten(tmp_path):
+    source = write(tmp_path / "in.jsonl", [{"id": "cxr-align/1", "report": "Effusion."}])
+    with pytest.raises(ValueError, match="in.jsonl:1: CXR-Align's own"):
+        N.main([str(source), "--out", str(tmp_path / "out.jsonl"), "--workers", "1"])
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none/x.json: expected a folder .*none"):
+        with N.open_atomic(tmp_path / "none/x.json"):
+            pass
 
 
 # ---- files

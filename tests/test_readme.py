@@ -26,7 +26,7 @@ TAG = re.compile(r"# (ASSUMPTION|DIFFERS from [^:]+): (.+)")
 
 def commands():
     """Every command of the README that starts one of our scripts, as words after the script."""
-    for line in README.splitlines():
+    for line in README.replace("\\\n", "").splitlines():
         for part in line.split("&&") if line.startswith("    ") else ():
             words = shlex.split(part, comments=True)
             script = next((i for i, w in enumerate(words) if w.endswith(".py")), None)

@@ -358,6 +358,17 @@ def test_resuming_with_other_flags_is_refused_by_name(phantom, tmp_path):
             "--seed", "3")
 
 
+def test_resuming_with_other_data_is_refused(phantom, tmp_path):
+    out = tmp_path / "run"
+    run(phantom, out, "--max-steps", "1")
+    fewer = tmp_path / "fewer.jsonl"
+    lines = phantom.read_text(encoding="utf-8").splitlines(keepends=True)
+    fewer.write_text("".join(lines[:-30]), encoding="utf-8")
+    with pytest.raises(ValueError, match="with other data: --train had"):
+        run(fewer, out, "--max-steps", "2", "--resume", "latest")
+    assert not (out / "log.jsonl").read_text(encoding="utf-8").count("argv") > 1
+
+
 def test_another_world_size_resumes_and_says_that_it_is_not_bit_exact(phantom, tmp_path):
     out = tmp_path / "run"
     run(phantom, out, "--max-steps", "1")
