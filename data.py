@@ -408,14 +408,14 @@ class GlobalBatches:
 
 # ---------------------------------------------------------------- the phantom: drawings and reports
 
-TEMPLATES = {  # Tab. 1
+NORMALS = {  # Tab. 1
     "No acute cardiopulmonary process.": 15829, "No acute intrathoracic process.": 4643,
     "No acute cardiopulmonary abnormality.": 4488, "No evidence of pneumonia.": 1014,
     "No evidence of acute cardiopulmonary process.": 1255}
 DUPLICATE = "No active lung lesion."  # Tab. 3: the one sentence of all added normal studies
 
 # condition: (weight, what often comes along, noun phrases); * severity, < side, ^ zone
-FINDINGS = {
+PHANTOM = {
     "Enlarged Cardiomediastinum": (0.6, (), "* widening of the mediastinum|* mediastinal widening"),
     "Cardiomegaly": (1.2, (), "* cardiomegaly|* enlargement of the heart|* cardiac enlargement"),
     "Lung Opacity": (1.0, (), "* hazy opacity in the < ^ lung|ill-defined < ^ lung opacity"),
@@ -459,11 +459,11 @@ def build_phantom(official, args):
         raise ValueError("expected at least 1 study of 32 to 2048 pixels, no negative number of "
                          "duplicates and a normal fraction of 0 to 1")
     (official.root / "images").mkdir(parents=True, exist_ok=True)
-    share = np.array(list(TEMPLATES.values())) / sum(TEMPLATES.values())
+    share = np.array(list(NORMALS.values())) / sum(NORMALS.values())
     for i in range(studies + more):
         rng, extra = np.random.default_rng((args.seed, i)), i >= studies
         found = {} if extra or rng.random() < normal else _draw_findings(rng)
-        report = _write_report(found, rng) if found else str(rng.choice(list(TEMPLATES), p=share))
+        report = _write_report(found, rng) if found else str(rng.choice(list(NORMALS), p=share))
         patient = f"D{i}" if extra else f"P{i * 2 // 3}"  # every second patient has two
         image = f"images/{i:06d}.png"
         _draw_chest(found, size, rng).save(official.root / image, compress_level=0)
@@ -476,14 +476,14 @@ def build_phantom(official, args):
 
 
 def _draw_findings(rng):
-    share = np.array([weight for weight, _, _ in FINDINGS.values()])
+    share = np.array([weight for weight, _, _ in PHANTOM.values()])
     count = rng.choice([1, 2, 3], p=[0.55, 0.30, 0.15])
-    names = set(rng.choice(list(FINDINGS), count, replace=False, p=share / share.sum()).tolist())
-    names |= {other for name in sorted(names) for other in FINDINGS[name][1] if rng.random() < 0.3}
+    names = set(rng.choice(list(PHANTOM), count, replace=False, p=share / share.sum()).tolist())
+    names |= {other for name in sorted(names) for other in PHANTOM[name][1] if rng.random() < 0.3}
     return {name: SimpleNamespace(amount=float(rng.uniform(0.25, 1.0)), zone=int(rng.integers(3)),
                                   side=int(rng.choice((-1, 1))),  # -1: the patient's right
                                   device=str(rng.choice(list(DEVICES))))
-            for name in FINDINGS if name in names}
+            for name in PHANTOM if name in names}
 
 
 def _write_report(found, rng):
@@ -495,7 +495,7 @@ def _write_report(found, rng):
         words = {"*": pick(SEVERITY[min(2, int((finding.amount - 0.25) * 4))]), "#": finding.device,
                  "<": "right" if finding.side < 0 else "left",
                  "^": ("upper", "mid", "lower")[finding.zone]}
-        phrase = pick(FINDINGS[name][2].split("|"))
+        phrase = pick(PHANTOM[name][2].split("|"))
         for sign, word in words.items():
             phrase = phrase.replace(sign, word)
         frames = FRAMES.split("|")[:-2 if name == "Support Devices" else None]

@@ -190,7 +190,7 @@ TIME = rf"""(?:when |as )?(?:compar(?:ed|ing|ison)|in comparison|relative|{STEAD
     in (?:unchanged|stable|similar) (?:position|location|appearance);
     (?:once again|again|previously|newly|now)(?: (?:seen|noted|demonstrated|identified|described|
     is|are)){{0,2}}"""
-NOUNS = {  # how a condition is denied: nouns for TEMPLATES; a capital starts a whole sentence
+NOUNS = {  # how a condition is denied: nouns for DENIALS; a capital starts a whole sentence
     "Enlarged Cardiomediastinum": ("mediastinal widening", "mediastinal enlargement",
                                    "The mediastinum is normal in width."),
     "Cardiomegaly": ("cardiomegaly", "cardiac enlargement", "The heart is normal in size.",
@@ -205,7 +205,7 @@ NOUNS = {  # how a condition is denied: nouns for TEMPLATES; a capital starts a 
     "Support Devices": ("support device", "catheter or tube"),
 }
 # ASSUMPTION: the predefined negative statements (Sec. 3) are unpublished; these are ours.
-TEMPLATES = ("No {}.", "There is no {}.", "No evidence of {}.", "No {} is seen.",
+DENIALS = ("No {}.", "There is no {}.", "No evidence of {}.", "No {} is seen.",
              "Negative for {}.")
 # ASSUMPTION: if omission leaves nothing, r^r is this sentence, which names no finding.
 NOTHING_LEFT = "Frontal chest radiograph."
@@ -329,7 +329,12 @@ def label_report(text):
     # DIFFERS from Sec. 4.2: labels come from rules, unless --labeler chexbert or given.
     sentences = _sentences(text)
     labels = _said(sentences)
-    normal = sentences and not any(v for c, v in labels.items() if c != "Support Devices")
+    return _with_no_finding(labels) if sentences else {}
+
+
+def _with_no_finding(labels):
+    """Labels in CheXbert's order; No Finding is 1 if nothing but devices and denials is there."""
+    normal = not any(v for c, v in labels.items() if c != "Support Devices")
     return {c: labels[c] for c in CONDITIONS if c in labels} | ({"No Finding": 1} if normal else {})
 
 
@@ -518,7 +523,7 @@ def _insert(rest, condition, rng):
     def draw(items):
         return items[int(rng.random() * len(items))]
     noun = draw(NOUNS[condition])
-    denial = noun if noun[0].isupper() else draw(TEMPLATES).format(noun)
+    denial = noun if noun[0].isupper() else draw(DENIALS).format(noun)
     position = draw(("beginning", "end", "middle")[:1 + bool(rest) + bool(rest[1:])])
     at = draw({"beginning": [0], "end": [len(rest)]}.get(position, range(1, len(rest))))
     return " ".join([*rest[:at], denial, *rest[at:]]), position
@@ -542,10 +547,9 @@ def negate(text, condition, rng):
 
 # ASSUMPTION: r^n's labels and graph are r's, edited for the one condition, whoever made them.
 def _negated_labels(labels, condition):
-    """r's labels with the condition at 0; No Finding is 1 if none but devices is left above it."""
-    out = {c: v for c, v in labels.items() if c != "No Finding"} | {condition: DENIED}
-    abnormal = any(v for c, v in out.items() if c != "Support Devices")
-    return {c: out[c] for c in CONDITIONS if c in out} | ({} if abnormal else {"No Finding": 1})
+    """r's labels with the condition at 0, and No Finding anew."""
+    others = {c: v for c, v in labels.items() if c != "No Finding"}
+    return _with_no_finding(others | {condition: DENIED})
 
 
 # ---- graphs in RadGraph's schema (Sec. 4.3)

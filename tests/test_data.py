@@ -954,8 +954,8 @@ def test_the_phantom_draws_at_least_ten_conditions_and_normals_as_in_table_1(dra
     counts = Counter(name for row in rows for name, value in row["targets"].items() if value)
     assert sum(counts[name] >= 10 for name in CONDITIONS[:-1]) >= 10
     plain = [row["report"] for row in rows[:700] if not row["severity"]]
-    assert 0.35 < len(plain) / 700 < 0.55 and set(plain) <= set(data.TEMPLATES)
-    share = 15829 / sum(data.TEMPLATES.values())
+    assert 0.35 < len(plain) / 700 < 0.55 and set(plain) <= set(data.NORMALS)
+    share = 15829 / sum(data.NORMALS.values())
     error = 4 * math.sqrt(share * (1 - share) / len(plain))
     assert abs(plain.count("No acute cardiopulmonary process.") / len(plain) - share) < error
     assert [row["report"] for row in rows[700:]] == ["No active lung lesion."] * 9
