@@ -73,7 +73,7 @@ class DynamicSoftContrastiveLoss(nn.Module):
 
     # ASSUMPTION: thresholds and weights are unpublished; tests/study.py chose these.
     def __init__(self, w_text=1.0, w_clinical=1.0, w_graph=1.0,
-                 tau_text=0.98, tau_clinical=0.9, tau_graph=0.98, soft=True, row_chunk=None):
+                 tau_text=0.98, tau_clinical=0.5, tau_graph=0.98, soft=True, row_chunk=None):
         super().__init__()
         self.weights = {"text": w_text, "clinical": w_clinical, "graph": w_graph}
         self.thresholds = {"text": tau_text, "clinical": tau_clinical, "graph": tau_graph}
