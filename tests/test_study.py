@@ -75,7 +75,7 @@ def test_claims_and_tables_name_systems_and_metrics_that_exist():
         for _, metric, sign, weights in contrasts:
             assert metric in study.METRICS and sign in (-1, 0, 1)
             assert set(weights) <= systems and sum(weights.values()) == 0
-    for _, metrics, rows in study.TABLES:
+    for _, metrics, _, rows in study.TABLES:
         assert set(metrics) <= set(study.METRICS) and set(rows) <= systems
 
 
