@@ -550,21 +550,32 @@ def retrieval(bench):
 
 
 def cxr_align(bench):
-    """Sec. 5.6, Tab. 6: A, the report r over its negation r^n; B, r over r^r (finding left out)."""
+    """Sec. 5.6, Tab. 6: A, the report r over its negation r^n; B, r over r^r (finding left out).
+
+    "swapped A" turns A round: an image without the finding, drawn by the seed, must prefer r^n.
+    Whoever only avoids negations, as Sec. 5.6 suspects, is right in A and wrong here.
+    """
     triples = [entry for entry in bench.negatives if entry[1] in (bench.opt.conditions or entry)]
     if not triples:
         raise Unmeasurable(f'{bench.where}: no "hard_negatives" of the conditions asked for; make '
                            "them with `python negations.py IN.jsonl --out OUT.jsonl`")
     rows, names, negated, omitted = zip(*triples, strict=True)
     rows, names, images = np.array(rows), np.array(names), bench.images[np.array(rows)]
-    own, *others = ((images * bench.texts(texts)).sum(1).numpy() for texts in
-                    ([bench.reports[i] for i in rows], negated, omitted))      # (n,) each
+    texts = [bench.texts(side) for side in ([bench.reports[i] for i in rows], negated, omitted)]
+    own, *others = ((images * side).sum(1).numpy() for side in texts)          # (n,) each
     wins = {task: (own - other > TIE).astype(np.float32)
             for task, other in zip("AB", others, strict=True)}
     wins["B"][[not text.strip() for text in omitted]] = np.nan  # CXR-Align has empty ones
-    columns = wins | {f"{task} {name}": np.where(names == name, wins[task], np.nan)
-                      for name in CONDITIONS if name in names for task in wins}
-    return bench.measure(columns, None, rows, row={"A": "A", "B": "B"}, chance={"A": 0.5, "B": 0.5},
+    swapped = np.full(len(rows), np.nan, np.float32)
+    for k, name in enumerate(names):
+        without = np.flatnonzero(bench.labels[:, CONDITIONS.index(name)] == 0)
+        if len(without):
+            rng = np.random.default_rng((bench.opt.seed, bench.keys[rows[k]]))
+            image = bench.images[without[rng.integers(len(without))]]          # (D,)
+            swapped[k] = image @ texts[1][k] - image @ texts[0][k] > TIE
+    parts = {f"{task} {name}": np.where(names == name, wins[task], np.nan)
+             for name in CONDITIONS if name in names for task in wins}
+    return bench.measure(wins | {"swapped A": swapped} | parts, None, rows, row={"A": "A", "B": "B"}, chance={"A": 0.5, "B": 0.5},
                          n_B=int((~np.isnan(wins["B"])).sum()),
                          conditions={name: int((names == name).sum()) for name in sorted({*names})})
 

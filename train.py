@@ -115,6 +115,8 @@ def parse_args(argv=None):
         value = getattr(args, name)
         if value is not None and not bound <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')}: expected at least {bound}, got {value}")
+    if args.omitted > 1:
+        parser.error(f"--omitted: expected a share of at most 1, got {args.omitted}")
     if args.export and Path(args.export).exists():
         parser.error(f"--export {args.export}: exists; choose another folder")
     if args.resume == "latest" and not args.out:

@@ -346,6 +346,27 @@ def test_cxr_align_reads_the_first_negative_and_leaves_out_empty_remainders(tmp_
         ev.cxr_align(only)
 
 
+class AvoidsNegations:
+    """Blind to the image: all it knows is that "no" is in few true reports."""
+
+    transform = staticmethod(lambda image: torch.zeros(1))
+
+    def encode_image(self, pixels):
+        return torch.ones(len(pixels), 2)
+
+    def encode_text(self, texts):
+        return torch.tensor([[1.0, 0.0 if " no " in f" {text.lower()} " else 1.0]
+                             for text in texts])
+
+
+def test_the_swapped_task_tells_reading_images_from_avoiding_negations(tmp_path):
+    path = write(tmp_path, [study(i, ["Edema"] if i < 6 else []) for i in range(12)])
+    for model, swapped in ((None, 1.0), (AvoidsNegations(), 0.0)):
+        result = ev.cxr_align(bench(path, model))
+        assert value(result, "A") == 1.0 and value(result, "swapped A") == swapped
+        assert result["metrics"]["swapped A"]["chance"] == 0.5
+
+
 # ---- fine-tuning
 
 
