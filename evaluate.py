@@ -575,7 +575,8 @@ def cxr_align(bench):
             swapped[k] = image @ texts[1][k] - image @ texts[0][k] > TIE
     parts = {f"{task} {name}": np.where(names == name, wins[task], np.nan)
              for name in CONDITIONS if name in names for task in wins}
-    return bench.measure(wins | {"swapped A": swapped} | parts, None, rows, row={"A": "A", "B": "B"}, chance={"A": 0.5, "B": 0.5},
+    return bench.measure(wins | {"swapped A": swapped} | parts, None, rows,
+                         row={"A": "A", "B": "B"}, chance={"A": 0.5, "B": 0.5},
                          n_B=int((~np.isnan(wins["B"])).sum()),
                          conditions={name: int((names == name).sum()) for name in sorted({*names})})
 

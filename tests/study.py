@@ -40,8 +40,8 @@ NAMES = {"clip": "CLIP", "clip-dt": "CLIP-D_t", "clip-dtc": "CLIP-D_t+c", "clip-
          "clip-ng-dtcg": "CLIP^N,G-D_t+c+g", "softclip": "SoftCLIP"}
 METRICS = {"ZS AUC": ("zero-shot", "macro AUROC"), "FT10": ("fine-tune", "FT10 macro AUROC"),
            "FT100": ("fine-tune", "FT100 macro AUROC"), "@5": ("retrieval", "@5"),
-           "F1": ("retrieval", "micro F1"), "A": ("cxr-align", "A"), "swapped A": ("cxr-align", "swapped A"),
-           "B": ("cxr-align", "B"),
+           "F1": ("retrieval", "micro F1"), "A": ("cxr-align", "A"),
+           "swapped A": ("cxr-align", "swapped A"), "B": ("cxr-align", "B"),
            "ADV": ("adversarial", "both"), "NCD": ("normal-case", "accuracy")}
 
 
