@@ -259,20 +259,24 @@ def verdict(value, error, sign):
     return "holds" if value > 2 * error else "does not" if value < -2 * error else "undecided"
 
 
+def judge(results, contrasts):
+    """A claim's differences as text, and what becomes of it."""
+    parts, verdicts = [], []
+    for what, metric, sign, weights in contrasts:
+        if (known := results.contrast(metric, weights)):
+            verdicts.append(verdict(*known, sign))
+            parts.append(f"{what} {known[0]:+.1f} ± {known[1]:.1f}")
+    mixed = "in part" if {"does not", "holds"} <= set(verdicts) else None
+    first = (v for v in ("does not", "undecided", "holds") if v in verdicts)
+    return "; ".join(parts) or "-", mixed or next(first, "not run")
+
+
 def claims():
-    print("| claim | data | difference in points (± standard error) | |\n|---|---|---|---|")
+    both = {data: Results(data) for data in ("phantom", "openi")}
+    print("| claim; points ± standard error | phantom | | OpenI | |\n|---|---|---|---|---|")
     for title, contrasts in CLAIMS.items():
-        for data in ("phantom", "openi"):
-            results, parts, verdicts = Results(data), [], []
-            for what, metric, sign, weights in contrasts:
-                known = results.contrast(metric, weights)
-                if known:
-                    verdicts.append(verdict(*known, sign))
-                    parts.append(f"{what} {known[0]:+.1f} ± {known[1]:.1f}")
-            order = ("does not", "undecided", "holds")
-            mixed = "in part" if {"does not", "holds"} <= set(verdicts) else None
-            whole = mixed or next((v for v in order if v in verdicts), "not run")
-            print(f"| {title} | {data} | {'; '.join(parts) or '-'} | {whole} |")
+        cells = [cell for results in both.values() for cell in judge(results, contrasts)]
+        print(f"| {title} | {cells[0]} | **{cells[1]}** | {cells[2]} | **{cells[3]}** |")
 
 
 def tables():
