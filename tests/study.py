@@ -155,15 +155,14 @@ def sweep_jobs():
     data = phantoms()["phantom"]
     for flag, values in SWEEP.items():
         for value in values:
-            for seed in SEEDS[:1]:
-                point = SWEPT_FROM | {flag: value, "seed": seed}
-                yield (f"sweep-{flag}-{value}-{seed}", *data, "val",
-                       [word for k, v in point.items() for word in (f"--{k}", str(v))])
+            flags = (SWEPT_FROM | {flag: value}).items()
+            yield (f"sweep-{flag}-{value}", *data, "val",
+                   [word for name, v in flags for word in (f"--{name}", str(v))])
 
 
 def openi_sweep_jobs(folder):
     data = openi(folder, 0)["openi"]
-    for point in OPENI_SWEEP:
+    for point in sorted({p for points in OPENI_SWEEP.values() for p in points.values()}):
         flags = (word for flag, value in zip(OPENI_FLAGS, point, strict=True)
                  for word in (flag, str(value)))
         yield (f"openi-sweep-{'-'.join(map(str, point))}", *data, "val",
@@ -294,52 +293,49 @@ def tables():
     claims()
 
 
+def swept(name, stream="text"):
+    """Validation scores of a sweep's run and its effective positives in % of the 256 texts."""
+    if (run := scores(name, "val")) is None:
+        return None
+    steps = [r for r in records(STUDY / name) if "loss" in r]
+    share = statistics.mean(r[f"positives_{stream}"] for r in steps[-24:]) / 2.56
+    return run | {"positives %": share}
+
+
 def sweep_rows():
-    """flag -> [(value, {ZS AUC, @5, A, B, positives})], means over the seeds; positives in %."""
+    """title -> [(value, scores)] of every sweep that has been run."""
     rows = {}
     for flag, values in SWEEP.items():
-        for value in values:
-            runs = []
-            for seed in SEEDS[:1]:
-                name = f"sweep-{flag}-{value}-{seed}"
-                if (run := scores(name, "val")):
-                    steps = [r for r in records(STUDY / name) if "loss" in r]
-                    stream = flag.split("-")[1] if "-" in flag else "text"
-                    share = statistics.mean(r[f"positives_{stream}"] for r in steps[-24:]) / 2.56
-                    runs.append(run | {"positives": share})
-            if runs:
-                rows.setdefault(flag, []).append(
-                    (value, {k: statistics.mean(run[k] for run in runs) for k in runs[0]}))
-    return rows
+        stream = flag.split("-")[1] if "-" in flag else "text"
+        rows[f"phantom --{flag}"] = [(v, swept(f"sweep-{flag}-{v}", stream)) for v in values]
+    for flag, points in OPENI_SWEEP.items():
+        rows[f"OpenI --{flag}"] = [
+            (value, swept(f"openi-sweep-{'-'.join(map(str, point))}", flag.split("-")[-1]
+                          if "tau" in flag else "text")) for value, point in points.items()]
+    rows = {title: [(v, run) for v, run in points if run] for title, points in rows.items()}
+    return {title: points for title, points in rows.items() if points}
 
 
 def sweeps():
-    shown = ("ZS AUC", "@5", "F1", "A", "B", "positives")
-    print(f"\n| validation, phantom | | {' | '.join(shown)} of the 256 |\n{'|---' * 8}|")
-    for flag, points in sweep_rows().items():
+    shown = ("ZS AUC", "FT10", "@5", "F1", "A", "B", "ADV", "positives %")
+    print(f"\n| validation rows | | {' | '.join(shown)} |\n{'|---' * 10}|")
+    for title, points in sweep_rows().items():
         for value, run in points:
-            print(f"| --{flag} | {value} | {' | '.join(f'{run[k]:.1f}' for k in shown)} |")
-    heads = " | ".join((*OPENI_FLAGS, *shown[:-1]))
-    print(f"\n| validation, OpenI, CLIP^N-D_t+c | {heads} |\n{'|---' * (len(shown) + 3)}|")
-    for point in OPENI_SWEEP:
-        if (run := scores(f"openi-sweep-{'-'.join(map(str, point))}", "val")):
-            cells = [*map(str, point), *(f"{run[k]:.1f}" for k in shown[:-1])]
-            print(f"| | {' | '.join(cells)} |")
+            print(f"| {title} | {value} | {' | '.join(f'{run[k]:.1f}' for k in shown)} |")
 
 
 def figure(path):
-    """Zero-shot AUROC, retrieval @5 and effective positives against each threshold."""
-    colors = {"ZS AUC": "#3b6fb6", "@5": "#e08a2e", "positives": "#777777"}
-    rows = {flag: points for flag, points in sweep_rows().items() if flag.startswith("tau")}
-    image, draw, write = canvas(30 + 330 * len(rows), 420, "Thresholds, the others at "
-                                "0.98, 0.9, 0.98: validation rows of the phantom, percent")
-    for place, (flag, points) in enumerate(rows.items()):
-        left = 60 + 330 * place
+    """Zero-shot AUROC, retrieval @5, A and effective positives against each threshold."""
+    colors = {"ZS AUC": "#3b6fb6", "@5": "#e08a2e", "A": "#4c9a5b", "positives %": "#777777"}
+    rows = {title: points for title, points in sweep_rows().items() if "tau" in title}
+    image, draw, write = canvas(30 + 270 * len(rows), 420, "Thresholds on validation rows, percent")
+    for place, (title, points) in enumerate(rows.items()):
+        left = 60 + 270 * place
         for k in range(0, 101, 20):
-            draw.line((left, 340 - 2.7 * k, left + 250, 340 - 2.7 * k), "#dddddd")
+            draw.line((left, 340 - 2.7 * k, left + 200, 340 - 2.7 * k), "#dddddd")
             write(left - 8, 340 - 2.7 * k, k, "rm", 13)
-        write(left + 125, 385, f"--{flag}", "mm")
-        xs = [left + 20 + 210 * k / max(1, len(points) - 1) for k in range(len(points))]
+        write(left + 100, 382, title, "mm")
+        xs = [left + 20 + 160 * k / max(1, len(points) - 1) for k in range(len(points))]
         for x, (value, _) in zip(xs, points, strict=True):
             write(x, 358, value, "mm", 13)
         for name, color in colors.items():
@@ -347,10 +343,11 @@ def figure(path):
             draw.line(line, color, 3)
             for x, y in line:
                 draw.ellipse((x - 4, y - 4, x + 4, y + 4), color)
-    for k, (name, text) in enumerate((("ZS AUC", "zero-shot AUROC"), ("@5", "retrieval @5"),
-                                      ("positives", "effective positives, % of 256 texts"))):
-        draw.rectangle((60 + 230 * k, 404, 76 + 230 * k, 412), colors[name])
-        write(82 + 230 * k, 408, text)
+    for k, (name, text) in enumerate((
+            ("ZS AUC", "zero-shot AUROC"), ("@5", "retrieval @5"), ("A", "CXR-Align A"),
+            ("positives %", "effective positives, % of 256 texts"))):
+        draw.rectangle((60 + 190 * k, 404, 76 + 190 * k, 412), colors[name])
+        write(82 + 190 * k, 408, text)
     image.save(path)
 
 
@@ -360,8 +357,10 @@ SWEEP = {"tau-text": (0.5, 0.8, 0.9, 0.95, 0.98), "tau-clinical": (0.3, 0.5, 0.7
 OPENI_RUN = ("--batch-size", "64")
 SWEPT_FROM = {"tau-text": 0.98, "tau-clinical": 0.9, "tau-graph": 0.98}
 OPENI_FLAGS = ("--tau-text", "--tau-clinical", "--omitted")
-OPENI_SWEEP = ((0.98, 0.9, 0), (0.98, 0.7, 0), (0.98, 0.5, 0), (0.98, 0.3, 0), (0.95, 0.5, 0),
-               (0.9, 0.5, 0), (0.98, 0.5, 0.5), (0.98, 0.5, 1))
+OPENI_SWEEP = {  # flag: {value: all three flags}
+    "tau-text": {0.9: (0.9, 0.5, 0), 0.95: (0.95, 0.5, 0), 0.98: (0.98, 0.5, 0)},
+    "tau-clinical": {value: (0.98, value, 0) for value in (0.3, 0.5, 0.7, 0.9)},
+    "omitted": {0: (0.98, 0.5, 0), 0.5: (0.98, 0.5, 0.5), 1: (0.98, 0.5, 1)}}
 FULL = "clip-ng-dtcg"
 CLAIMS = {
     "C1 soft labels raise zero-shot AUC": (
