@@ -243,3 +243,17 @@ def test_a_path_that_is_no_model_is_one_clear_line(tmp_path):
     with pytest.raises(ValueError, match="nor a Hugging Face CLIP that could") as caught:
         load_model("nobody/nothing")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoder", ["tiny", "bert"])
+def test_reports_encoded_in_sorted_parts_equal_each_report_alone(encoder, bert_folder):
+    torch.manual_seed(0)
+    clip = ClinicalCLIP("tiny", "tiny" if encoder == "tiny" else str(bert_folder), 16, 32,
+                        graph=False).eval()
+    words = "heart lung no left abnormal".split()
+    texts = [" ".join(words[(i + k * k) % 5] for k in range(1 + i * 37 % 90)) for i in range(150)]
+    with torch.inference_mode():
+        whole = clip.encode_text(texts)
+        alone = torch.cat([clip.encode_text([text]) for text in texts])
+    assert torch.allclose(whole, alone, atol=1e-5)
+    assert not torch.allclose(whole, alone.flip(0), atol=1e-3)  # the negative control
