@@ -232,8 +232,10 @@ class Results:
         values = self.values(system, metric)
         return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
-    def noise(self, metric):
-        table = [self.values(system, metric) for system in self.x]
+    def noise(self, metric, weights):
+        """Standard deviation of a score's noise; SoftCLIP's, which collapses, counts for itself."""
+        table = [self.values(system, metric) for system in self.x
+                 if system != "softclip" or system in weights]
         columns = [statistics.mean(column) for column in zip(*table, strict=True)]
         whole = statistics.mean(columns)
         squares = sum((value - statistics.mean(row) - columns[k] + whole) ** 2
@@ -247,7 +249,7 @@ class Results:
         value = sum(w * statistics.mean(self.values(system, metric))
                     for system, w in weights.items())
         share = sum(w * w for w in weights.values()) / self.seeds
-        return value, self.noise(metric) * share ** 0.5
+        return value, self.noise(metric, weights) * share ** 0.5
 
 
 def verdict(value, error, sign):
