@@ -300,15 +300,13 @@ class Studies(Dataset):
     report of this split with exactly one positive, its labels and graph (Sec. 4.1). graphs: add the
     RadGraph graphs. uncertain: see label_vector. augment: random crops. An unreadable image is
     replaced by another study drawn from the same seed, so batches keep their size; "bad" lists it.
-    omitted: share of the stored hard negatives of which r^r is taken, with the finding left out,
-    instead of r^n.
     """
 
     def __init__(self, manifest, *, image_size, tokenize, negatives, graphs, uncertain="positive",
-                 seed=0, augment=True, omitted=0.0):
+                 seed=0, augment=True):
         self.manifest, self.image_size, self.tokenize = manifest, image_size, tokenize
         self.negatives, self.graphs, self.uncertain = negatives, graphs, uncertain
-        self.seed, self.augment, self.omitted = seed, augment, omitted
+        self.seed, self.augment = seed, augment
         bits = manifest.positives & ((1 << len(CONDITIONS) - 1) - 1)  # the 13 besides No Finding
         self.single = np.flatnonzero((bits > 0) & (bits & (bits - 1) == 0)).astype(np.int32)
         if negatives and not len(self.single) and not manifest.negatives.all():
@@ -349,14 +347,7 @@ class Studies(Dataset):
         stored = record.get("hard_negatives")
         if stored:
             # ASSUMPTION: each epoch draws one of a study's stored hard negatives anew.
-            drawn = stored[rng.integers(len(stored))]
-            # DIFFERS from Sec. 4.1: with --omitted, off by default, some negatives are r^r.
-            if self.omitted and rng.random() < self.omitted:
-                own = (record.get("graph") or {}).get("entities", {})
-                graph = drawn.get("graph") or {}  # without the node that r^n has more
-                kept = {k: e for k, e in graph.get("entities", {}).items() if k in own}
-                drawn = drawn | {"report": drawn["omitted"], "graph": graph | {"entities": kept}}
-            return drawn
+            return stored[rng.integers(len(stored))]
         # ASSUMPTION: not normal studies alone, but all without a stored negative draw a report.
         for _ in range(MAX_TRIES):
             other = self.manifest[self.single[rng.integers(len(self.single))]]

@@ -69,8 +69,6 @@ def parse_args(argv=None):
     add("--image-root", metavar="DIR", help="overrides the manifest's image folder")
     add("--uncertain", choices=("positive", "negative"), default="positive",
         help="what an uncertain label counts as in C")
-    add("--omitted", type=float, default=0.0, metavar="SHARE", help="of the hard negatives: leave "
-        "the finding out (r^r) instead of denying it (r^n); the paper's is 0")
     add("--workers", type=int, default=2, help="reading processes per rank; about the number of "
         "cores per GPU, 0 to read in between")
     add = parser.add_argument_group("model").add_argument
@@ -110,13 +108,11 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     least = {"epochs": 1, "batch_size": 2, "accumulate": 1, "image_size": 32, "width": 1,
              "checkpoint_every": 1, "workers": 0, "max_steps": 1, "row_chunk": 1, "seed": 0,
-             "lr": 0, "weight_decay": 0, "warmup_epochs": 0, "clip": 1e-9, "omitted": 0}
+             "lr": 0, "weight_decay": 0, "warmup_epochs": 0, "clip": 1e-9}
     for name, bound in least.items():
         value = getattr(args, name)
         if value is not None and not bound <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')}: expected at least {bound}, got {value}")
-    if args.omitted > 1:
-        parser.error(f"--omitted: expected a share of at most 1, got {args.omitted}")
     if args.export and Path(args.export).exists():
         parser.error(f"--export {args.export}: exists; choose another folder")
     if args.resume == "latest" and not args.out:
@@ -568,8 +564,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(parameter_groups(clip, args.weight_decay), lr=args.lr,
                                   fused=device.type == "cuda")
     studies = Studies(train_rows, image_size=args.image_size, tokenize=clip.tokenize,
-                      negatives=negatives, graphs=graphs, uncertain=args.uncertain, seed=args.seed,
-                      omitted=args.omitted)
+                      negatives=negatives, graphs=graphs, uncertain=args.uncertain, seed=args.seed)
     epoch_steps = len(GlobalBatches(len(studies), args.batch_size, args.seed, 0))
     total = min(args.epochs * epoch_steps, args.max_steps or sys.maxsize)
 

@@ -162,11 +162,10 @@ def sweep_jobs():
 
 def openi_sweep_jobs(folder):
     data = openi(folder, 0)["openi"]
-    for point in sorted({p for points in OPENI_SWEEP.values() for p in points.values()}):
-        flags = (word for flag, value in zip(OPENI_FLAGS, point, strict=True)
-                 for word in (flag, str(value)))
-        yield (f"openi-sweep-{'-'.join(map(str, point))}", *data, "val",
-               ["--system", "clip-n-dtc", "--epochs", "10", *flags])
+    for tau_t, tau_c in sorted({p for points in OPENI_SWEEP.values() for p in points.values()}):
+        yield (f"openi-sweep-{tau_t}-{tau_c}", *data, "val",
+               ["--system", "clip-n-dtc", "--epochs", "10", "--tau-text", str(tau_t),
+                "--tau-clinical", str(tau_c)])
 
 
 def cost():
@@ -295,7 +294,7 @@ def tables():
     claims()
 
 
-def swept(name, stream="text"):
+def swept(name, stream):
     """Validation scores of a sweep's run and its effective positives in % of the 256 texts."""
     if (run := scores(name, "val")) is None:
         return None
@@ -308,12 +307,12 @@ def sweep_rows():
     """title -> [(value, scores)] of every sweep that has been run."""
     rows = {}
     for flag, values in SWEEP.items():
-        stream = flag.split("-")[1] if "-" in flag else "text"
+        stream = flag.split("-")[1]
         rows[f"phantom --{flag}"] = [(v, swept(f"sweep-{flag}-{v}", stream)) for v in values]
     for flag, points in OPENI_SWEEP.items():
         rows[f"OpenI --{flag}"] = [
-            (value, swept(f"openi-sweep-{'-'.join(map(str, point))}", flag.split("-")[-1]
-                          if "tau" in flag else "text")) for value, point in points.items()]
+            (value, swept(f"openi-sweep-{tau_t}-{tau_c}", flag.split("-")[1]))
+            for value, (tau_t, tau_c) in points.items()]
     rows = {title: [(v, run) for v, run in points if run] for title, points in rows.items()}
     return {title: points for title, points in rows.items() if points}
 
@@ -355,14 +354,12 @@ def figure(path):
 
 SWEEP = {"tau-text": (0.5, 0.8, 0.9, 0.95, 0.98), "tau-clinical": (0.3, 0.5, 0.7, 0.9),
          "tau-graph": (0.5, 0.9, 0.98), "w-text": (0.5, 2.0), "w-clinical": (0.5, 2.0),
-         "w-graph": (0.5, 2.0), "omitted": (0.5, 1.0)}
+         "w-graph": (0.5, 2.0)}
 OPENI_RUN = ("--batch-size", "64")
 SWEPT_FROM = {"tau-text": 0.98, "tau-clinical": 0.9, "tau-graph": 0.98}
-OPENI_FLAGS = ("--tau-text", "--tau-clinical", "--omitted")
-OPENI_SWEEP = {  # flag: {value: all three flags}
-    "tau-text": {0.9: (0.9, 0.5, 0), 0.95: (0.95, 0.5, 0), 0.98: (0.98, 0.5, 0)},
-    "tau-clinical": {value: (0.98, value, 0) for value in (0.3, 0.5, 0.7, 0.9)},
-    "omitted": {0: (0.98, 0.5, 0), 0.5: (0.98, 0.5, 0.5), 1: (0.98, 0.5, 1)}}
+OPENI_SWEEP = {  # flag: {value: (tau_t, tau_c)}
+    "tau-text": {0.9: (0.9, 0.5), 0.95: (0.95, 0.5), 0.98: (0.98, 0.5)},
+    "tau-clinical": {value: (0.98, value) for value in (0.3, 0.5, 0.7, 0.9)}}
 FULL = "clip-ng-dtcg"
 CLAIMS = {
     "C1 soft labels raise zero-shot AUC": (
