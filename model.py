@@ -33,7 +33,7 @@ MAX_TOKENS = 256                   # CXR-CLIP's; BERT itself ends at 512
 MEAN = STD = 0.5
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's clamp
 GRAPH_HIDDEN = 256
-TEXTS_AT_ONCE = 64                 # few reports are long: sorted parts waste little on padding
+LENGTH_STEP = 64                   # reports of 1-64, 65-128, ... tokens are encoded together
 
 
 class TinyImageEncoder(nn.Sequential):
@@ -242,15 +242,15 @@ class ClinicalCLIP(nn.Module):
         tokens = text if isinstance(text, dict) else self.tokenize(text)
         device = self.logit_scale.device
         tokens = {k: v.to(device, non_blocking=True) for k, v in tokens.items()}  # (B, L)
-        order = tokens["attention_mask"].sum(1).argsort(stable=True)           # short ones first
-        # ASSUMPTION: the text embedding is the last hidden state of [CLS], at most 256 tokens.
-        cls = torch.cat([self._cls(tokens, rows) for rows in order.split(TEXTS_AT_ONCE)])
-        return F.normalize(self.text_projection(cls[order.argsort()]).float(), dim=-1)
-
-    def _cls(self, tokens, rows):
-        """[CLS] of some reports, (b, H), padded only to the longest of these."""
-        longest = int(tokens["attention_mask"][rows].any(0).nonzero().max()) + 1
-        return self.text_encoder(**{k: v[rows, :longest] for k, v in tokens.items()})[:, 0]
+        steps = tokens["attention_mask"].sum(1).div(LENGTH_STEP).ceil().long()  # (B,)
+        cls, rows = [], []
+        for step in steps.unique().tolist():
+            rows.append((steps == step).nonzero()[:, 0])                      # (b,)
+            part = {k: v[rows[-1], :step * LENGTH_STEP] for k, v in tokens.items()}
+            # ASSUMPTION: the text embedding is the last hidden state of [CLS], at most 256 tokens.
+            cls.append(self.text_encoder(**part)[:, 0])                       # (b, H)
+        cls = torch.cat(cls)[torch.cat(rows).argsort()]                       # (B, H)
+        return F.normalize(self.text_projection(cls).float(), dim=-1)
 
     def encode_graph(self, graph) -> torch.Tensor:
         """graph: a list of B RadGraph records, or `collate_graphs` of them -> unit rows (B, D)."""

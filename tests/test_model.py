@@ -246,7 +246,7 @@ def test_a_path_that_is_no_model_is_one_clear_line(tmp_path):
 
 
 @pytest.mark.parametrize("encoder", ["tiny", "bert"])
-def test_reports_encoded_in_sorted_parts_equal_each_report_alone(encoder, bert_folder):
+def test_reports_grouped_by_length_equal_each_report_alone(encoder, bert_folder):
     torch.manual_seed(0)
     clip = ClinicalCLIP("tiny", "tiny" if encoder == "tiny" else str(bert_folder), 16, 32,
                         graph=False).eval()
