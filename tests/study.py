@@ -29,6 +29,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
 from data import DUPLICATE, make_phantom, patient_hash  # noqa: E402
+from data import main as write_manifest  # noqa: E402
 from evaluate import canvas  # noqa: E402
 from negations import annotate, open_atomic, read_jsonl, run_main  # noqa: E402
 from train import SYSTEMS  # noqa: E402
@@ -48,13 +49,12 @@ METRICS = {"ZS AUC": ("zero-shot", "macro AUROC"), "FT10": ("fine-tune", "FT10 m
 # ---------------------------------------------------------------- data
 
 
-def annotated(raw, path, change=lambda record: record):
-    """Annotate a manifest record by record, once; `change` may edit or drop (None) a record."""
+def annotated(raw, path):
+    """Annotate a manifest record by record, once."""
     if not path.exists():
         with open_atomic(path) as file:
             for _, record in tqdm(list(read_jsonl(raw)), desc=path.name):
-                if (record := change(record)) is not None:
-                    file.write(json.dumps(annotate(record), ensure_ascii=False) + "\n")
+                file.write(json.dumps(annotate(record), ensure_ascii=False) + "\n")
     return path
 
 
@@ -77,8 +77,7 @@ def openi(folder, seed):
     """
     raw = STUDY / "openi.jsonl"
     if not raw.exists():
-        subprocess.run([sys.executable, HERE / "data.py", "openi", folder, "--out", raw],
-                       check=True)
+        write_manifest(["openi", str(folder), "--out", str(raw)])
     whole = annotated(raw, STUDY / "openi_neg.jsonl")
     plain, more = STUDY / f"openi-{seed}.jsonl", STUDY / f"openi+-{seed}.jsonl"
     if not more.exists():
@@ -122,31 +121,32 @@ def run(job):
 
 
 def run_all(jobs, parallel):
+    """Do all jobs; ValueError at the end if any failed, the others stay done."""
     with ThreadPoolExecutor(parallel) as pool:
-        for error in tqdm(pool.map(run, jobs), total=len(jobs), desc="runs"):
-            if error:
-                tqdm.write(error)
+        errors = list(filter(None, tqdm(pool.map(run, jobs), total=len(jobs), desc="runs")))
+    if errors:
+        raise ValueError("; ".join(errors))
 
 
 def phantom_jobs():
-    data = phantoms()
+    sets = phantoms()
     for seed in SEEDS:
         for system in SYSTEMS:
-            yield (f"phantom-{system}-{seed}", *data["phantom"], "test",
+            yield (f"phantom-{system}-{seed}", *sets["phantom"], "test",
                    ["--system", system, "--seed", str(seed)])
         for system in ("clip", "clip-dt", "clip-dtc"):
-            yield (f"phantom+-{system}-{seed}", *data["phantom+"], "test",
+            yield (f"phantom+-{system}-{seed}", *sets["phantom+"], "test",
                    ["--system", system, "--seed", str(seed), "--epochs", "7"])
 
 
 def openi_jobs(folder, seeds):
     for seed in seeds:
-        data = openi(folder, seed)
+        sets = openi(folder, seed)
         for system in ("clip", "clip-dtc", "clip-n", "clip-n-dtc", "clip-ng-dtcg", "softclip"):
-            yield (f"openi-{system}-{seed}", *data["openi"], "test",
+            yield (f"openi-{system}-{seed}", *sets["openi"], "test",
                    ["--system", system, "--seed", str(seed), *OPENI_RUN, "--epochs", "10"])
         for system in ("clip", "clip-dtc"):
-            yield (f"openi+-{system}-{seed}", *data["openi+"], "test",
+            yield (f"openi+-{system}-{seed}", *sets["openi+"], "test",
                    ["--system", system, "--seed", str(seed), *OPENI_RUN, "--epochs", "6"])
 
 
@@ -271,8 +271,7 @@ def judge(results, contrasts):
     return "; ".join(parts) or "-", mixed or next(first, "not run")
 
 
-def claims():
-    both = {data: Results(data) for data in ("phantom", "openi")}
+def claims(both):
     print("| claim; points ± standard error | phantom | | OpenI | |\n|---|---|---|---|---|")
     for title, contrasts in CLAIMS.items():
         cells = [cell for results in both.values() for cell in judge(results, contrasts)]
@@ -291,7 +290,7 @@ def tables():
             cells = [both[data].cell(system, m) for data in both for m in metrics]
             print(f"| {name} | {' | '.join([*cells, paper])} |")
     print()
-    claims()
+    claims(both)
 
 
 def swept(name, stream):

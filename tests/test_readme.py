@@ -55,7 +55,7 @@ def test_the_map_names_code_and_tests_that_exist():
             assert f"def {name}(" in every, name
 
 
-@pytest.mark.parametrize("script,words", commands(), ids=lambda part: " ".join(part)[:60]
+@pytest.mark.parametrize("script,words", list(commands()), ids=lambda part: " ".join(part)[:60]
                          if isinstance(part, list) else part)
 def test_every_command_is_one_its_script_understands(script, words):
     parsers = {"train.py": train.parse_args, "evaluate.py": evaluate.parse_args,

@@ -69,6 +69,14 @@ def test_no_patient_of_openis_test_rows_trains_and_validation_stays(folder):
     assert not seen[0, "test"] & seen[1, "test"]
 
 
+def test_a_failed_run_is_named_and_a_wrong_folder_is_one_line(folder):
+    job = ("broken", folder / "none.jsonl", folder / "none.jsonl", "test", [])
+    with pytest.raises(ValueError, match="broken: failed, see .*output.txt"):
+        study.run_all([job], 1)
+    with pytest.raises((ValueError, OSError), match=str(folder / "nowhere")):
+        study.main(["openi", "--openi", str(folder / "nowhere")])
+
+
 def test_claims_and_tables_name_systems_and_metrics_that_exist():
     systems = {*study.SYSTEMS, *(f"{name}+" for name in study.SYSTEMS)}
     for contrasts in study.CLAIMS.values():
