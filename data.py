@@ -257,6 +257,8 @@ def _validate(where, record):
 
 def _load_index(path):
     """Row 0 is a header of the manifest's size and time; row k describes its k-th record."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: expected a manifest, found no such file")
     stat, sidecar = os.stat(path), f"{path}.index.npy"
     stamp = (stat.st_size, stat.st_mtime_ns)
     try:

@@ -799,6 +799,11 @@ def test_batches_do_not_depend_on_the_number_of_workers(phantom):
     assert batch["graph"]["num_graphs"] == batch["hard_graph"]["num_graphs"] == 32
 
 
+def test_a_manifest_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.jsonl: expected a manifest"):
+        Manifest(tmp_path / "none.jsonl")
+
+
 def test_ranks_share_one_global_batch_and_resume_inside_an_epoch():
     whole = list(GlobalBatches(103, 20, seed=5, epoch=2))
     parts = [list(GlobalBatches(103, 20, seed=5, epoch=2, rank=r, world=2)) for r in (0, 1)]
