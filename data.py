@@ -37,7 +37,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from gcn import collate_graphs, read_radgraph
-from negations import CONDITIONS, open_atomic, read_jsonl, run_main
+from negations import CONDITIONS, minimum, open_atomic, parse_line, read_jsonl, run_main
 
 SPLITS = ("train", "val", "test")
 MAX_PIXELS = 50_000_000      # checked before decoding: three times the largest published radiograph
@@ -173,7 +173,7 @@ class Manifest:
     path: JSON Lines; PATH.index.npy beside it is rebuilt when the manifest's size or time changes,
     and kept in memory if the folder is not writable. split: train, val, test or all. image_root
     replaces every record's "root". Columns, an entry a row: .patients int64 hash, .positives uint16
-    (bit k: CONDITIONS[k] is 1), .negatives uint8 (hard negatives). ValueError names file and line.
+    (bit k: CONDITIONS[k] is 1), .hard_negatives uint8 (how many). ValueError names file and line.
     """
 
     def __init__(self, path, split="all", image_root=None):
@@ -182,7 +182,7 @@ class Manifest:
         self.index = _load_index(self.path)
         codes = (SPLITS.index(split),) if split != "all" else (0, 1, 2, NO_SPLIT)
         self.rows = np.flatnonzero(np.isin(self.index["split"], codes)).astype(np.int32)
-        self.patients, self.positives, self.negatives = (
+        self.patients, self.positives, self.hard_negatives = (
             self.index[name][self.rows] for name in ("patient", "positives", "negatives"))
         self.file = open(self.path, "rb", buffering=0)
 
@@ -222,12 +222,8 @@ def image_path(record, manifest, image_root=None):
 
 
 def _parse(where, raw):
-    try:
-        record = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise ValueError(f"{where}: expected one JSON object in UTF-8") from None
-    right = isinstance(record, dict) and {"id", "image"} <= record.keys()
-    expect(right, where, "a JSON object with id and image")
+    record = parse_line(where, raw)
+    expect({"id", "image"} <= record.keys(), where, "a JSON object with id and image")
     for name, kind in TYPES.items():
         expect(isinstance(record.get(name, kind()), kind), where, f"{name} as {kind.__name__}")
     expect(record.get("split", "train") in SPLITS, where, "split train, val or test")
@@ -311,7 +307,7 @@ class Studies(Dataset):
         self.seed, self.augment = seed, augment
         bits = manifest.positives & ((1 << len(CONDITIONS) - 1) - 1)  # the 13 besides No Finding
         self.single = np.flatnonzero((bits > 0) & (bits & (bits - 1) == 0)).astype(np.int32)
-        if negatives and not len(self.single) and not manifest.negatives.all():
+        if negatives and not len(self.single) and not manifest.hard_negatives.all():
             raise ValueError(f"{manifest.path}: expected hard_negatives or reports of one positive "
                              "label to train with negations; run negations.py on it first")
 
@@ -1286,11 +1282,11 @@ def parse_args(argv=None):
         add = commands.add_parser(name, help=run.__doc__, formatter_class=style).add_argument
         add("manifest", help="JSON Lines of any of the sets")
         add("--image-root", help="replaces every record's root")
-        add("--workers", type=int, default=os.cpu_count() or 1,
+        add("--workers", type=minimum(0), default=os.cpu_count() or 1,
             help="processes that read images; 0 for none")
         if name == "cache":
             add("--out", required=True, help="folder to write into; resumes")
-            add("--size", type=int, default=256, help="shorter side in pixels")
+            add("--size", type=minimum(1), default=256, help="shorter side in pixels")
             add("--crop-borders", action="store_true", help="black ones (App. B.1)")
     for sub in commands.choices.values():
         sub.add_argument("--sheet", metavar="F.png", help="also draw twelve of the images")

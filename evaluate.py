@@ -12,9 +12,11 @@ SPDX-License-Identifier: MIT
 
 import argparse
 import copy
+import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -26,12 +28,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import PIL
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
-import transformers
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -39,7 +38,7 @@ from tqdm import tqdm
 from data import SPLITS, Manifest, label_vector, read_image
 from loss import DynamicSoftContrastiveLoss, soft_labels
 from model import load_model
-from negations import CONDITIONS, open_atomic, run_main
+from negations import CONDITIONS, minimum, open_atomic, run_main
 
 TIE = 1e-6  # closer cosines are a tie, and a tie is wrong: float32 cannot tell them apart
 CELLS = 20_000_000  # similarities held at once
@@ -109,11 +108,6 @@ def ranking(scores, truth, weights):
 def auroc(scores, truth) -> float:
     """Area under the ROC curve of (n,) scores; a tie counts half; NaN where one class only."""
     return float(ranking(scores, truth, np.ones((len(scores), 1), np.float32))[0][0])
-
-
-def average_precision(scores, truth) -> float:
-    """Area under the precision-recall steps of (n,) scores; NaN where one class only."""
-    return float(ranking(scores, truth, np.ones((len(scores), 1), np.float32))[1][0])
 
 
 def means(columns, weights):
@@ -307,7 +301,7 @@ class Bench:
         if not len(manifest):
             raise Unmeasurable(f"{self.where}: no studies; choose another --split, or write "
                              '"split": "train", "val" or "test" into each line')
-        self.reports, self.negatives, self.pairs, share = [], [], {}, {}
+        self.reports, self.triples, self.pairs, share = [], [], {}, {}
         rows, official, sets, self.keys = [], set(), set(), []
         self.labels = np.full((len(manifest), len(CONDITIONS)), -1, np.int8)  # -1: not labelled
         for i in range(len(manifest)):
@@ -324,7 +318,7 @@ class Bench:
                                     else {}))
             official |= targets.keys()
             for negative in (record.get("hard_negatives") or ())[:1]:  # CXR-Align's choice
-                self.negatives.append(
+                self.triples.append(
                     (i, negative["condition"], negative["report"], negative["omitted"]))
             if record.get("adversarial"):
                 self.pairs[i] = record["adversarial"]
@@ -555,7 +549,7 @@ def cxr_align(bench):
     "swapped A" turns A round: an image without the finding, drawn by the seed, must prefer r^n.
     Whoever only avoids negations, as Sec. 5.6 suspects, is right in A and wrong here.
     """
-    triples = [entry for entry in bench.negatives if entry[1] in (bench.opt.conditions or entry)]
+    triples = [entry for entry in bench.triples if entry[1] in (bench.opt.conditions or entry)]
     if not triples:
         raise Unmeasurable(f'{bench.where}: no "hard_negatives" of the conditions asked for; make '
                            "them with `python negations.py IN.jsonl --out OUT.jsonl`")
@@ -644,6 +638,15 @@ def validate(model, manifest, batch_size=64, workers=0):
 
 
 # ---- results
+
+
+def provenance():
+    """The commit (where git is there) and the versions that a result or a run was made with."""
+    here = shlex.quote(str(Path(__file__).resolve().parent))
+    git = subprocess.getoutput(f"git -C {here} describe --always --dirty 2>/dev/null")
+    versions = {name: importlib.metadata.version(name)
+                for name in ("torch", "torchvision", "transformers", "numpy", "pillow")}
+    return {"git": git or None, "versions": {"python": platform.python_version(), **versions}}
 
 
 def table(results):
@@ -748,7 +751,7 @@ def draw_align(metrics):
 
 def draw_soft_labels(bench, thresholds, count=12):
     """y_t, y_c, y_g (Sec. 4.2, 4.3) of studies with hard negatives: reports, then negatives."""
-    records = [bench.manifest[i] for i, *_ in bench.negatives[:count]]
+    records = [bench.manifest[i] for i, *_ in bench.triples[:count]]
     sides = records + [record["hard_negatives"][0] for record in records]
     streams = {"text": bench.texts([side["report"] for side in sides]), "clinical": torch.tensor(
         np.stack([label_vector(side.get("labels") or {}) for side in sides]))}  # (2B, D), (2B, 14)
@@ -772,7 +775,7 @@ def draw_soft_labels(bench, thresholds, count=12):
     return image
 
 
-def draw_sheet(bench, count=4):
+def draw_retrieval(bench, count=4):
     """Images with their report and the five reports ranked first: it shows report text."""
     image, _, write = canvas(1100, 50 + 280 * count, "Retrieval: own report, then the top five")
     texts = [text for text in dict.fromkeys(bench.reports) if text]
@@ -792,7 +795,7 @@ def draw_sheet(bench, count=4):
 def save_figures(bench, tasks, run, folder, show_reports):
     """Draw what the tasks measured and left behind, as PNG files."""
     pictures, config = {}, Path(run) / "config.json"
-    if bench.negatives:
+    if bench.triples:
         flags = json.loads(config.read_bytes()).get("flags", {}) if config.is_file() else {}
         taus = DynamicSoftContrastiveLoss().thresholds.items()  # the defaults, for other models
         pictures["soft-labels"] = draw_soft_labels(
@@ -802,7 +805,7 @@ def save_figures(bench, tasks, run, folder, show_reports):
     if "cxr-align" in tasks:
         pictures["cxr-align"] = draw_align(tasks["cxr-align"]["metrics"])
     if show_reports and "retrieval" in tasks:
-        pictures["retrieval"] = draw_sheet(bench)
+        pictures["retrieval"] = draw_retrieval(bench)
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
         picture.save(Path(folder) / f"{name}.png")
@@ -842,7 +845,8 @@ def parse_args(words):
     add("--conditions", nargs="+", metavar="NAME", help="only these classes; None means all")
     add = parser.add_argument_group("task").add_argument
     add("--task", default="all", choices=(*TASKS, "all"), help="all: whatever X.jsonl allows")
-    add("--pool", type=int, default=0, help="normal-case: abnormal reports, 0 for all; paper 2999")
+    add("--pool", type=minimum(0), default=0,
+        help="normal-case: abnormal reports, 0 for all; paper 2999")
     add("--fraction", type=float, nargs="+", default=OPTIONS["fraction"],
         help="fine-tune: shares of the training patients; the paper's are 0.1 and 1")
     add("--full", action="store_true",
@@ -854,21 +858,18 @@ def parse_args(words):
     add("--figures", metavar="DIR", help="draw ROC curves, CXR-Align bars and soft labels there")
     add("--show-reports", action="store_true",
         help="with --figures: a retrieval sheet too, which shows images and report text")
-    add("--batch-size", type=int, default=64, help="items at once; lower it if memory runs out")
-    add("--workers", type=int, default=2, help="processes that read images; free cores at most")
-    add("--seed", type=int, default=0, help="of resamples, pools, pairs and fractions")
-    add("--resamples", type=int, default=1000, help="bootstrap resamples for the intervals")
+    add("--batch-size", type=minimum(1), default=64,
+        help="items at once; lower it if memory runs out")
+    add("--workers", type=minimum(0), default=2,
+        help="processes that read images; free cores at most")
+    add("--seed", type=minimum(0), default=0, help="of resamples, pools, pairs and fractions")
+    add("--resamples", type=minimum(1), default=1000, help="bootstrap resamples for the intervals")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(words)
     if not args.compare and not (args.run and args.data):
         parser.error("expected RUN and --data X.jsonl, or --compare A.json B.json ...")
     if not all(0 < share <= 1 for share in args.fraction):
         parser.error("--fraction: expected shares above 0, up to 1")
-    for name, bound in (("batch_size", 1), ("workers", 0), ("seed", 0), ("pool", 0),
-                        ("resamples", 1)):
-        if getattr(args, name) < bound:
-            parser.error(f"--{name.replace('_', '-')}: expected at least {bound}, got "
-                         f"{getattr(args, name)}")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
         parser.error(f"--device: expected cpu, cuda or cuda:N, got {args.device!r}")
     if args.out and not Path(args.out).parent.is_dir():  # before hours of work, not after
@@ -899,16 +900,11 @@ def main(argv=None):
     manifest = Manifest(args.data, args.split, args.image_root)
     bench = Bench(load_any(args.run, args.device), manifest,
                   **{name: getattr(args, name) for name in OPTIONS})
-    versions = {module.__name__: module.__version__
-                for module in (np, PIL, torch, torchvision, transformers)}
-    here = shlex.quote(str(Path(__file__).resolve().parent))
-    git = subprocess.getoutput(f"git -C {here} describe --always --dirty 2>/dev/null") or None
     path = Path(args.run).resolve()
     model = path.parent.name if path.suffix == ".pt" else path.name  # of best.pt, its run's name
     result = {"model": model, "run": args.run, "set": bench.set,
               "split": args.split, "command": shlex.join(["python", "evaluate.py", *words]),
-              "seed": args.seed, "resamples": args.resamples, "git": git,
-              "versions": {"python": sys.version.split()[0], **versions}, "tasks": {}}
+              "seed": args.seed, "resamples": args.resamples, **provenance(), "tasks": {}}
     for task in TASKS if args.task == "all" else [args.task]:
         try:
             result["tasks"][task] = TASKS[task](bench)

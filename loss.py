@@ -129,29 +129,28 @@ class DynamicSoftContrastiveLoss(nn.Module):
         size = self.row_chunk or len(own)
         blocks = [(rows, min(max(B - i * size, 0), len(rows)))  # row indices; how many are of T1
                   for i, rows in enumerate(own.split(size))]
-        names = ("image", "text", "graph") if graph is not None else ("image", "text")
-        tensors = [x for x in (image, text, graph) if x is not None]
-
-        def block(rows, scale, *modalities):
-            modality = dict(zip(names, modalities, strict=True))
-            return self._block(*rows, scale, modality, clinical, B)
-
-        if len(blocks) == 1:
-            terms = block(blocks[0], scale, *tensors)
-            loss, others = terms["loss"], [v.detach() for v in terms.values()][1:]
-        else:
-            loss, others = _SumOfBlocks.apply(block, blocks, scale, *tensors)
-        values = torch.stack([loss.detach(), *others])
-        if N > B:
-            # The value of the whole batch; the gradient stays that of this rank's rows.
+        tensors = {"scale": scale, "image": image, "text": text}
+        tensors |= {"graph": graph} if graph is not None else {}
+        leaves = tensors
+        if len(blocks) > 1 and torch.is_grad_enabled():
+            leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+        values = 0
+        for rows, R1 in blocks:
+            terms = self._block(rows, R1, B, clinical, **leaves)
+            if leaves is not tensors:  # at once: no block is kept, and none computed twice
+                terms["loss"].backward()
+            values = values + torch.stack([x.detach() for x in terms.values()])
+        loss = terms["loss"] if len(blocks) == 1 else values[0]
+        if leaves is not tensors:  # the same value, with the gradients of all blocks
+            share = sum((x * leaves[name].grad).sum() for name, x in tensors.items())
+            loss = loss + (share - share.detach())
+        if N > B:  # the value of the whole batch; the gradient stays that of this rank's rows
             dist.all_reduce(values)
             values /= dist.get_world_size()
             loss = loss + (values[0] - loss.detach())
-        pairs = [f"{a}_{b}" for a in names for b in names if a != b]
-        keys = pairs + [f"positives_{s}" for s in ("text", "clinical", "graph")[:len(names)]]
-        return {"loss": loss, **dict(zip(keys, values[1:], strict=True))}
+        return dict(zip(terms, values, strict=True)) | {"loss": loss}
 
-    def _block(self, rows, R1, scale, modality, clinical, B):
+    def _block(self, rows, R1, B, clinical, scale, **modality):
         """All terms of Eq. 10 that have the given rows, as shares of the means over rows.
 
         rows: (R,) indices into [T1; T2] of all ranks, R1 of them, the first, into T1.
@@ -174,7 +173,7 @@ class DynamicSoftContrastiveLoss(nn.Module):
                 r = R if "image" not in (a, b) else R1
                 m = N if b == "image" else M
                 if whole and (b, a) in logits:  # the same products, seen from the other side
-                    z = _OtherSide.apply(logits[b, a], r)                     # (r, m)
+                    z = logits[b, a][:, :r].T.contiguous()                    # (r, m)
                 else:
                     left = modality[a] if whole else modality[a][rows[:r]]    # (r, D)
                     z = scale * left @ modality[b][:m].T                      # (r, m)  Eq. 1, 2
@@ -229,20 +228,14 @@ class DynamicSoftContrastiveLoss(nn.Module):
         if labels is None or labels.dim() != 2:
             raise ValueError("labels: expected (B, K), a column for each label, got "
                              f"{None if labels is None else tuple(labels.shape)}")
-        shapes = {name: (len(image), (labels if name.endswith("labels") else image).shape[1])
-                  for name in ("image", "text", "labels", "hard_text", "hard_labels", "graph",
-                               "hard_graph")}
-        for name, x in inputs.items():
-            if tuple(x.shape) != shapes[name]:
-                raise ValueError(f"{name}: expected shape {shapes[name]}, got {tuple(x.shape)}")
-        for given, needed in (("hard_text", "hard_labels"), ("hard_labels", "hard_text"),
-                              ("hard_graph", "graph"), ("hard_graph", "hard_text")):
-            if given in inputs and needed not in inputs:
-                raise ValueError(f"{needed}: expected shape {shapes[needed]} beside {given}, "
-                                 "got None")
-        if {"hard_text", "graph"} <= inputs.keys() and "hard_graph" not in inputs:
-            raise ValueError(f"hard_graph: expected shape {shapes['hard_graph']} since texts have "
-                             "hard negatives and there is a graph, got None")
+        hard, graph = (any(word in name for name in inputs) for word in ("hard", "graph"))
+        for name in ("image", "text", "labels", "hard_text", "hard_labels", "graph", "hard_graph"):
+            if ("hard" in name and not hard) or ("graph" in name and not graph):
+                continue
+            shape = (len(image), (labels if "labels" in name else image).shape[1])
+            got = tuple(inputs[name].shape) if name in inputs else f"None beside {[*inputs]}"
+            if got != shape:
+                raise ValueError(f"{name}: expected shape {shape}, got {got}")
         if image.is_cuda and self._values_checked:
             return
         self._values_checked = True
@@ -314,53 +307,3 @@ class AllGather(torch.autograd.Function):
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]             # (B, D)
-
-
-class _OtherSide(torch.autograd.Function):
-    """z[:, :n] transposed and contiguous, forward and backward: (r, m) -> (n, r).
-
-    A transposed view would do, but adding its gradient to the other direction's is slow.
-    """
-
-    @staticmethod
-    def forward(ctx, z, n):
-        ctx.shape = z.shape
-        return z[:, :n].T.contiguous()                                        # (n, r)
-
-    @staticmethod
-    def backward(ctx, grad):
-        if len(grad) == ctx.shape[1]:
-            return grad.T.contiguous(), None                                  # (r, m)
-        whole = grad.new_zeros(ctx.shape)
-        whole[:, :len(grad)] = grad.T
-        return whole, None                                                    # (r, m)
-
-
-class _SumOfBlocks(torch.autograd.Function):
-    """The sum of `block(rows, *tensors)` over row blocks, one block's activations at a time.
-
-    Each block's gradient is taken at once, in the forward pass, so that no block is kept and none
-    is computed twice.
-    """
-
-    @staticmethod
-    def forward(ctx, block, blocks, *tensors):
-        grads = [torch.zeros_like(t) for t in tensors]
-        sums = 0
-        for rows in blocks:
-            leaves = [t.detach().requires_grad_() for t in tensors]
-            with torch.enable_grad():
-                terms = block(rows, *leaves)
-            parts = torch.autograd.grad(terms["loss"], leaves, allow_unused=True)
-            for grad, part in zip(grads, parts, strict=True):
-                grad += 0 if part is None else part
-            values = torch.stack([v.detach() for v in terms.values()])
-            sums = sums + values
-        ctx.save_for_backward(*grads)
-        others = sums[1:].clone()
-        ctx.mark_non_differentiable(others)
-        return sums[0].clone(), others
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        return None, None, *(grad * g for g in ctx.saved_tensors)

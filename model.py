@@ -65,7 +65,7 @@ class TinyTokenizer:
         return {"input_ids": ids, "attention_mask": (ids != self.pad).long()}
 
 
-class BertTokenizer:
+class TextTokenizer:
     """A Hugging Face tokenizer bound to 256 tokens and to the longest text of the batch."""
 
     def __init__(self, tokenizer):
@@ -119,42 +119,40 @@ class BertTextEncoder(nn.Module):
         return self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
 
-def _swin(weights: Path | None) -> nn.Module:
-    """torchvision's Swin-Tiny without its head: (B, 3, H, W) -> (B, 768), the mean over the map."""
+def _image_encoder(name: str) -> nn.Module:
+    """"tiny", or torchvision's Swin-Tiny without head: (B, 3, H, W) -> (B, 768), the map's mean."""
+    if name == "tiny":
+        return TinyImageEncoder()
+    if name != "swin-t" and not Path(name).is_file():
+        raise ValueError(f"--image-encoder {name}: expected tiny, swin-t or a file of "
+                         "torchvision's Swin-T weights")
     from torchvision.models import swin_t
     swin = swin_t(weights=None)
-    swin.head = nn.Identity()
-    swin.width = 768
-    if weights is not None:
-        state = {k: v for k, v in _torch_load(weights).items() if not k.startswith("head.")}
-        _load_state(swin, state, weights)
+    swin.head, swin.width = nn.Identity(), 768
+    if name != "swin-t":
+        state = _torch_load(Path(name))
+        state = {k: v for k, v in state.items() if not k.startswith("head.")}
+        _load_state(swin, state, Path(name))
     return swin
 
 
-def _image_encoder(name: str) -> nn.Module:
-    if name == "tiny":
-        return TinyImageEncoder()
-    if name == "swin-t":
-        return _swin(None)
-    if not Path(name).is_file():
-        raise ValueError(f"--image-encoder {name}: expected tiny, swin-t or a file of "
-                         "torchvision's Swin-T weights")
-    return _swin(Path(name))
+def _transformers():
+    """The library, which takes seconds to import, without its warnings and bars."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
 
 
 def _text_encoder(name: str) -> tuple[nn.Module, object]:
     """A text encoder with its tokenizer, from "tiny", a Hugging Face folder or a hub id."""
     if name == "tiny":
         return TinyTextEncoder(), TinyTokenizer()
-    from transformers import AutoModel
-    from transformers.utils import logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     path = Path(name)
     if path.exists() and not (path / "config.json").is_file():
         raise ValueError(f"--text-encoder {name}: expected a Hugging Face folder with config.json")
     try:
-        bert = AutoModel.from_pretrained(name, dtype=torch.float32)
+        bert = _transformers().AutoModel.from_pretrained(name, dtype=torch.float32)
         return BertTextEncoder(bert), _tokenizer(name)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -162,12 +160,12 @@ def _text_encoder(name: str) -> tuple[nn.Module, object]:
                          f"BERT-family model ({reason})") from None
 
 
-def _tokenizer(name) -> BertTokenizer:
+def _tokenizer(name) -> TextTokenizer:
     from transformers import AutoTokenizer
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
     # ASSUMPTION: a folder's tokenizer config rules; without one, text stays cased.
     cased = {} if get_tokenizer_config(name) else {"do_lower_case": False}
-    return BertTokenizer(AutoTokenizer.from_pretrained(name, **cased))
+    return TextTokenizer(AutoTokenizer.from_pretrained(name, **cased))
 
 
 class ClinicalCLIP(nn.Module):
@@ -308,7 +306,7 @@ class ClinicalCLIP(nn.Module):
 
     def save_tokenizer(self, folder: Path):
         """Write the tokenizer's files into `folder`; "tiny" has none."""
-        if isinstance(self.tokenize, BertTokenizer):
+        if isinstance(self.tokenize, TextTokenizer):
             self.tokenize.tokenizer.save_pretrained(folder)
 
 
@@ -317,12 +315,9 @@ class HuggingFaceCLIP(nn.Module):
 
     def __init__(self, name: str):
         super().__init__()
-        from transformers import AutoProcessor, CLIPModel
-        from transformers.utils import logging
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        self.clip = CLIPModel.from_pretrained(name, dtype=torch.float32)
-        self.processor = AutoProcessor.from_pretrained(name)
+        library = _transformers()
+        self.clip = library.CLIPModel.from_pretrained(name, dtype=torch.float32)
+        self.processor = library.AutoProcessor.from_pretrained(name)
         self.logit_scale = self.clip.logit_scale
         self.image_size = self.clip.config.vision_config.image_size
         self.config = {"model_type": "clip", "name": name}

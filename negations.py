@@ -864,20 +864,21 @@ def _lines(path):
         yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
 
 
-def _parse(path, number, line):
+def parse_line(where, line):
+    """One line of JSON Lines, bytes, as a dict; else ValueError("WHERE: ...")."""
     try:
-        record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        record = json.loads(line)
     except (ValueError, RecursionError):  # whose message may show the report
-        raise ValueError(f"{path}:{number}: expected one JSON object in UTF-8") from None
+        raise ValueError(f"{where}: expected one JSON object in UTF-8") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{path}:{number}: expected a JSON object, found {type(record).__name__}")
+        raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
     return record
 
 
 def read_jsonl(path):
     """Yields (line number, dict) of JSON Lines, but blank ones; ValueError names file and line."""
     for number, line in _lines(path):
-        yield number, _parse(path, number, line)
+        yield number, parse_line(f"{path}:{number}", line)
 
 
 @contextlib.contextmanager
@@ -914,6 +915,17 @@ def run_main(main):
         sys.exit(130)
 
 
+def minimum(bound, kind=int):
+    """An argparse type: a finite number of at least `bound`."""
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if bound <= (value := kind(text)) < float("inf"):
+                return value
+        raise argparse.ArgumentTypeError(f"expected a{' whole' * (kind is int)} number of at least "
+                                         f"{bound}, got {text}")
+    return parse
+
+
 _TOOLS = {}  # of this process: path, seed, labeler, generate, graphs
 
 
@@ -923,16 +935,17 @@ def _start_worker(tools):
 
 
 def _checked(path, number, line, labeler):
-    record = _parse(path, number, line)
+    where = f"{path}:{number}"
+    record = parse_line(where, line)
     if not all(isinstance(record.get(key), str) for key in ("id", "report")):
-        raise ValueError(f"{path}:{number}: expected the strings id and report")
+        raise ValueError(f"{where}: expected the strings id and report")
     if record["id"].startswith("cxr-align/"):
-        raise ValueError(f"{path}:{number}: CXR-Align's own r^r and r^n would be overwritten; "
+        raise ValueError(f"{where}: CXR-Align's own r^r and r^n would be overwritten; "
                          "evaluate.py takes the file as it is")
     labels = record.get("labels")
     if labeler == "given" and not (isinstance(labels, dict) and all(
             c in CONDITIONS and v in (1, 0, -1) for c, v in labels.items())):
-        raise ValueError(f"{path}:{number}: --labeler given expects labels of 1, 0 or -1 by name")
+        raise ValueError(f"{where}: --labeler given expects labels of 1, 0 or -1 by name")
     return record
 
 
@@ -1010,8 +1023,10 @@ def parse_args(argv):
     add("--chexbert", metavar="CKPT", help="chexbert.pth, for --labeler chexbert")
     add("--llm", metavar="MODEL", help="local instruct model that edits; the rules check it")
     add("--graphs", default="rules", metavar="rules|FILE.json", help="RadGraph's file, or by rule")
-    add("--seed", type=int, default=0, help="draws order, phrasing and position of the denials")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes, where rules label")
+    add("--seed", type=minimum(0), default=0,
+        help="draws order, phrasing and position of the denials")
+    add("--workers", type=minimum(0), default=os.cpu_count() or 1,
+        help="processes, where rules label")
     args = parser.parse_args(argv)
     if (args.labeler == "chexbert") != bool(args.chexbert):
         raise ValueError("--labeler chexbert and --chexbert CKPT go together")

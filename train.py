@@ -18,14 +18,11 @@ import datetime
 import fcntl
 import functools
 import gc
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import resource
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -38,10 +35,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import GlobalBatches, Manifest, Studies, make_phantom
-from evaluate import validate
+from evaluate import provenance, validate
 from loss import DynamicSoftContrastiveLoss, SoftCLIPLoss
 from model import ClinicalCLIP, export_model, load_checkpoint, load_model
-from negations import annotate, open_atomic, read_jsonl, run_main
+from negations import annotate, minimum, open_atomic, read_jsonl, run_main
 
 # A row of Tab. 2: hard negatives (N), graph stream (G), streams of soft labels (D; none: one-hot).
 SYSTEMS = {
@@ -69,8 +66,8 @@ def parse_args(argv=None):
     add("--image-root", metavar="DIR", help="overrides the manifest's image folder")
     add("--uncertain", choices=("positive", "negative"), default="positive",
         help="what an uncertain label counts as in C")
-    add("--workers", type=int, default=2, help="reading processes per rank; about the number of "
-        "cores per GPU, 0 to read in between")
+    add("--workers", type=minimum(0), default=2, help="reading processes per rank; about the "
+        "number of cores per GPU, 0 to read in between")
     add = parser.add_argument_group("model").add_argument
     add("--system", choices=SYSTEMS, default="clip-ng-dtcg", help="row of Tab. 2")
     # DIFFERS from Sec. 5.2: small encoders and images are the default; the paper's are flags.
@@ -78,41 +75,39 @@ def parse_args(argv=None):
         help="swin-t is the paper's with random weights, PATH a file of torchvision's Swin-T")
     add("--text-encoder", default="tiny", metavar="tiny|PATH|ID",
         help="BERT-family folder or hub id; the paper's is emilyalsentzer/Bio_ClinicalBERT")
-    add("--image-size", type=int, default=64, help="pixels; the paper's is 224")
-    add("--width", type=int, default=512, help="width D of the joint embedding")
+    add("--image-size", type=minimum(32), default=64, help="pixels; the paper's is 224")
+    add("--width", type=minimum(1), default=512, help="width D of the joint embedding")
     add = parser.add_argument_group("loss (Eq. 4-10; the paper publishes no values)").add_argument
     for letter, stream in zip("TCG", ("text", "clinical", "graph"), strict=True):
         add(f"--w-{stream}", type=float, default=1.0, help=f"weight w_{letter} of Eq. 10")
     for stream, tau in DynamicSoftContrastiveLoss().thresholds.items():
         add(f"--tau-{stream}", type=float, default=tau, help="threshold; lower shares labels among "
             "more studies, and collapses where all similarities are high")
-    add("--row-chunk", type=int, help="evaluate the loss that many rows at a time, to save memory")
+    add("--row-chunk", type=minimum(1),
+        help="evaluate the loss that many rows at a time, to save memory")
     # ASSUMPTION: optimiser, schedule and batch size are CXR-CLIP's; tiny encoders get lr 1e-3.
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=int, default=15, help="passes over the training rows")
-    add("--max-steps", type=int, help="stop early; the learning rate still follows --epochs")
-    add("--batch-size", type=int, default=128, help="global batch N, over all ranks")
-    add("--accumulate", type=int, default=1, help="micro-batches per step and rank: memory of one, "
-        "negatives and gradients of all")
-    add("--lr", type=float, help="peak learning rate; none: 5e-5, or 1e-3 with two tiny encoders")
-    add("--weight-decay", type=float, default=1e-4, help="not on norms, biases and temperature")
-    add("--warmup-epochs", type=float, default=1.0, help="linear warm-up before the cosine")
-    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--epochs", type=minimum(1), default=15, help="passes over the training rows")
+    add("--max-steps", type=minimum(1), help="stop early; the rate still follows --epochs")
+    add("--batch-size", type=minimum(2), default=128, help="global batch N, over all ranks")
+    add("--accumulate", type=minimum(1), default=1, help="micro-batches per step and rank: memory "
+        "of one, negatives and gradients of all")
+    add("--lr", type=minimum(0, float),
+        help="peak learning rate; none: 5e-5, or 1e-3 with two tiny encoders")
+    add("--weight-decay", type=minimum(0, float), default=1e-4,
+        help="not on norms, biases and temperature")
+    add("--warmup-epochs", type=minimum(0, float), default=1.0,
+        help="linear warm-up before the cosine")
+    add("--clip", type=minimum(1e-9, float), default=1.0, help="largest gradient norm")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 autocasts the encoders")
-    add("--seed", type=int, default=0, help="weights, data order, augmentation, dropout")
+    add("--seed", type=minimum(0), default=0, help="weights, data order, augmentation, dropout")
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="runs/NAME", help="run folder; none: a fresh one below runs/")
     add("--resume", metavar="PATH|latest", help="a checkpoint, or the newest intact one of --out")
-    add("--checkpoint-every", type=int, default=500, metavar="STEPS", help="steps between saves")
+    add("--checkpoint-every", type=minimum(1), default=500, metavar="STEPS",
+        help="steps between saves")
     add("--export", metavar="DIR", help="at the end write safetensors, config and tokenizer there")
     args = parser.parse_args(argv)
-    least = {"epochs": 1, "batch_size": 2, "accumulate": 1, "image_size": 32, "width": 1,
-             "checkpoint_every": 1, "workers": 0, "max_steps": 1, "row_chunk": 1, "seed": 0,
-             "lr": 0, "weight_decay": 0, "warmup_epochs": 0, "clip": 1e-9}
-    for name, bound in least.items():
-        value = getattr(args, name)
-        if value is not None and not bound <= value < math.inf:
-            parser.error(f"--{name.replace('_', '-')}: expected at least {bound}, got {value}")
     if args.export and Path(args.export).exists():
         parser.error(f"--export {args.export}: exists; choose another folder")
     if args.resume == "latest" and not args.out:
@@ -201,28 +196,18 @@ def find_checkpoint(args):
     if args.resume != "latest":
         return args.resume
     damaged = []
-    for path in (Path(args.out) / "last.pt", Path(args.out) / "previous.pt"):
+    for path in filter(Path.exists, (Path(args.out) / name for name in ("last.pt", "previous.pt"))):
         try:
-            if path.exists():
-                load_checkpoint(path)
-                for line in damaged:
-                    print(f"warning: {line}; using {path.name}", file=sys.stderr)
-                return str(path)
+            load_checkpoint(path)
         except ValueError as error:
             damaged.append(str(error))
+            continue
+        for line in damaged:
+            print(f"warning: {line}; using {path.name}", file=sys.stderr)
+        return str(path)
     if damaged:
         raise ValueError(f"{'; '.join(damaged)}; remove the folder to start afresh")
     return None
-
-
-def describe(args, world):
-    """config.json: the flags, the versions and where the code stood."""
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
-    versions = {name: importlib.metadata.version(name)
-                for name in ("torch", "torchvision", "transformers", "numpy", "pillow")}
-    return {"flags": vars(args), "world": world, "revision": git.stdout.strip() or None,
-            "versions": {"python": platform.python_version(), **versions}}
 
 
 def memory_mb(device):
@@ -274,7 +259,8 @@ class Run:
             return
         self.clip.save_tokenizer(self.folder / "tokenizer")
         with open_atomic(self.folder / "config.json") as file:
-            json.dump(describe(self.args, self.world), file, indent=1)
+            json.dump({"flags": vars(self.args), "world": self.world, **provenance()}, file,
+                      indent=1)
         step, log = self.state["step"], self.folder / "log.jsonl"
         if log.exists():
             lines = [line for line in log.read_text(encoding="utf-8").splitlines()

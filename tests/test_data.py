@@ -749,7 +749,7 @@ def test_positives_mark_the_conditions_and_uncertain_is_a_flag(tmp_path):
     manifest = Manifest(manifest_of(tmp_path, rows))
     assert (
         manifest.positives[0] == 1 << CONDITIONS.index("Edema") | 1 << 13
-        and manifest.negatives[0] == 2
+        and manifest.hard_negatives[0] == 2
     )
     assert label_vector(labels).sum() == 3 and label_vector(labels, "negative").sum() == 2
     assert label_vector(labels)[CONDITIONS.index("Pneumonia")] == 1 and label_vector({}).sum() == 0
@@ -820,7 +820,7 @@ def test_ranks_share_one_global_batch_and_resume_inside_an_epoch():
 
 def test_a_hard_negative_is_drawn_anew_each_epoch(phantom):
     studies = studies_of(phantom)
-    i = next(i for i in range(len(studies)) if studies.manifest.negatives[i] > 1)
+    i = next(i for i in range(len(studies)) if studies.manifest.hard_negatives[i] > 1)
     stored = [negative["report"] for negative in studies.manifest[i]["hard_negatives"]]
     drawn = {studies[(epoch, i)]["hard"]["report"] for epoch in range(30)}
     assert drawn == set(stored)
@@ -828,7 +828,7 @@ def test_a_hard_negative_is_drawn_anew_each_epoch(phantom):
 
 def test_a_study_without_negatives_draws_a_report_with_one_positive(phantom):
     studies = studies_of(phantom)
-    normal = [i for i in range(len(studies)) if studies.manifest.negatives[i] == 0]
+    normal = [i for i in range(len(studies)) if studies.manifest.hard_negatives[i] == 0]
     reports = {row["report"]: row for row in map(studies.manifest.__getitem__, range(len(studies)))}
     for i in normal[:20]:
         hard = studies[(0, i)]["hard"]

@@ -111,7 +111,7 @@ def test_loss_and_gradients_equal_the_literal_equations(B, negatives, graphs, so
         s = scale.detach().to(dtype).requires_grad_()
         out, grads = value_and_gradients(DynamicSoftContrastiveLoss(**SETTINGS, soft=soft), cast, s)
         assert out["loss"].dtype == dtype
-        assert out["loss"].item() == pytest.approx(float(expected), rel=tolerance, abs=tolerance)
+        assert out["loss"].item() == pytest.approx(expected.item(), rel=tolerance, abs=tolerance)
         for grad, wanted in zip(grads, expected_grads, strict=True):
             wanted = torch.zeros_like(grad) if wanted is None else wanted
             assert relative(grad, wanted) < 10 * tolerance
@@ -129,7 +129,7 @@ def test_any_weight_and_threshold_equals_the_literal_equations(change):
     out, grads = value_and_gradients(DynamicSoftContrastiveLoss(**settings), batch, scale)
     expected = literal_loss(batch, scale, **settings)
     leaves = [v for v in batch.values() if v.requires_grad] + [scale]
-    assert out["loss"].item() == pytest.approx(float(expected), rel=1e-10, abs=1e-12)
+    assert out["loss"].item() == pytest.approx(float(expected.detach()), rel=1e-10, abs=1e-12)
     if any(settings[w] for w in ("w_text", "w_clinical", "w_graph")):
         for grad, wanted in zip(grads, torch.autograd.grad(expected, leaves), strict=True):
             assert relative(grad, wanted) < 1e-9
@@ -231,7 +231,7 @@ def test_softclip_targets_are_the_softmax_of_text_similarities():
     logits = scale * batch["image"] @ batch["text"].T
     expected = sum(F.kl_div(z.log_softmax(1), y, reduction="batchmean")
                    for z in (logits, logits.T))
-    assert out["loss"].item() == pytest.approx(float(expected), rel=1e-10)
+    assert out["loss"].item() == pytest.approx(float(expected.detach()), rel=1e-10)
 
 
 @pytest.mark.parametrize("change,message", [
@@ -243,8 +243,8 @@ def test_softclip_targets_are_the_softmax_of_text_similarities():
     ({"hard_graph": None}, r"hard_graph: expected shape \(4, 8\)"),
     ({"labels": None}, r"labels: expected \(B, K\), a column for each label, got None"),
     ({"labels": torch.ones(4)}, r"labels: expected \(B, K\), a column for each label, got \(4,\)"),
-    ({"hard_labels": None}, r"hard_labels: expected shape \(4, 14\) beside hard_text"),
-    ({"hard_text": None}, r"hard_text: expected shape \(4, 8\) beside hard_labels"),
+    ({"hard_labels": None}, r"hard_labels: expected shape \(4, 14\), got None beside .*hard_text"),
+    ({"hard_text": None}, r"hard_text: expected shape \(4, 8\), got None beside .*hard_labels"),
     ({"hard_text": None, "hard_labels": None}, r"hard_text: expected shape \(4, 8\)"),
 ])
 def test_wrong_arguments_are_named_with_their_shape(change, message):
