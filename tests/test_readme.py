@@ -3,14 +3,20 @@
 SPDX-License-Identifier: MIT
 """
 
+import csv
+import json
 import re
 import shlex
+import shutil
+import signal
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import study
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 import data
@@ -107,3 +113,79 @@ def test_the_top_level_is_what_the_readme_lists():
     found = {p.name for p in ROOT.iterdir() if not p.name.startswith((".", "__"))
              and p.name != "runs" and p.suffix not in (".jsonl", ".npy")}
     assert found == listed
+
+
+SMALL = {"train.py": "--max-steps 2 --batch-size 8 --image-size 32 --width 32 --workers 0 "
+         "--image-encoder tiny --text-encoder tiny", "data.py": "", "negations.py": "--workers 1",
+         "evaluate.py": "--resamples 10 --workers 0"}
+
+
+def write_table(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture
+def downloads(phantom, tmp_path):
+    """What the README's commands read, from the phantom's studies, in the official layouts."""
+    raw = phantom.with_name("phantom.jsonl")
+    studies = [record for _, record in negations.read_jsonl(raw)]
+    openi, mimic, rsna = {"reports": [], "projections": []}, {"metadata": [], "split": []}, []
+    align, chexpert, graphs = {}, [], {}
+    for k, record in enumerate(studies):
+        image, split = Image.open(Path(record["root"]) / record["image"]), ("train", "test")[k % 2]
+        subject, study, folder = f"1{k:07}", f"5{k:07}", tmp_path / "MIMIC/files/p10"
+        folder = tmp_path / f"MIMIC/files/p{subject[:2]}/p{subject}/s{study}"
+        for path in (tmp_path / f"OPENI/images/{k}_IM-1.png", folder / f"d{k}.jpg",
+                     tmp_path / f"RSNA/PNG/r{k}.png"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+        openi["reports"].append({"uid": k, "MeSH": "normal" if k % 2 else "Cardiomegaly",
+                                 "findings": record["report"], "impression": ""})
+        openi["projections"].append(
+            {"uid": k, "filename": f"{k}_IM-1.png", "projection": "Frontal"})
+        rsna.append({"patientId": f"r{k}", "x": "", "y": "", "width": "", "height": "",
+                     "Target": k % 2})
+        ids = {"dicom_id": f"d{k}", "subject_id": subject, "study_id": study}
+        mimic["metadata"].append(ids | {"ViewPosition": "AP"})
+        mimic["split"].append(ids | {"split": split if k % 5 else "validate"})
+        chexpert.append({"study_id": study} | dict.fromkeys(negations.CONDITIONS, ""))
+        text = tmp_path / f"MIMIC/mimic-cxr-reports/{folder.relative_to(tmp_path / 'MIMIC')}.txt"
+        text.parent.mkdir(parents=True, exist_ok=True)
+        text.write_text(f" FINDINGS: {record['report']}\n", encoding="utf-8")
+        graphs[f"p{subject[:2]}/p{subject}/s{study}.txt"] = negations.rule_graph(
+            negations.split_sentences(record["report"]))
+        align[f"d{k}"] = {"chosen": "edema", "report": record["report"], "omitted": "Clear.",
+                          "negation": "No edema.", "location": "end"}
+    for name, rows in openi.items():
+        write_table(tmp_path / f"OPENI/indiana_{name}.csv", rows)
+    for name, rows in (*mimic.items(), ("chexpert", chexpert)):
+        write_table(tmp_path / f"MIMIC/mimic-cxr-2.0.0-{name}.csv", rows)
+    write_table(tmp_path / "RSNA/stage_2_train_labels.csv", rsna)
+    (tmp_path / "DOWNLOAD").symlink_to(tmp_path / "OPENI")
+    (tmp_path / "MIMIC-CXR_graphs.json").write_text(json.dumps(graphs), encoding="utf-8")
+    (tmp_path / "MIMIC/cxr-align.json").write_text(json.dumps({"mimic": align}), encoding="utf-8")
+    return tmp_path
+
+
+def test_the_readmes_commands_run_in_their_order(downloads, monkeypatch):
+    """All but those that need the network, days, or a peer's package; encoders are tiny ones."""
+    monkeypatch.chdir(downloads)
+    monkeypatch.setattr(train, "PHANTOM_STUDIES", 120)
+    scripts, ran = {f"{m.__name__}.py": m for m in (train, evaluate, data, negations)}, Counter()
+    for script, words in commands():
+        if script not in scripts or words[:1] == ["biovil_t.py"]:
+            continue
+        small = SMALL[script].split()
+        if "--compare" in words:
+            small = []
+            for name in words[1:]:
+                Path(name).parent.mkdir(parents=True)
+                shutil.copy("runs/openi/results-all-openi-test.json", name)
+        scripts[script].main(words + small)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py's handler would outlive it here
+        ran[script] += 1
+    assert min(ran.values()) > 2 and set(ran) == set(scripts), ran
