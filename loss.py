@@ -1,7 +1,7 @@
 """Dynamic soft contrastive loss: Sec. 4.2-4.3, Eq. 1-10. Copy this file; it needs torch alone.
 
     criterion = DynamicSoftContrastiveLoss()
-    out = criterion(image, text, labels, logit_scale,         # unit rows (B, D), labels (B, K)
+    out = criterion(image, text, labels, 1 / temperature,     # unit rows (B, D), labels (B, K)
                     hard_text=hard_text, hard_labels=hard_labels)
     out["loss"].backward()
     print({name: value.item() for name, value in out.items()})
@@ -10,11 +10,15 @@ The loss of one ordered pair of modalities is the KL divergence between soft lab
 similarities inside a modality, and the softmax of the similarities across modalities:
 
     T = [T1; T2], C = [C1; C2], G = [G1; G2]      reports first, their hard negatives after them
-    S = T T^T                                     Eq. 3, 8
-    y = (S - tau) / (1 - tau) where S > tau, 0 elsewhere, rows normalised to 1      Eq. 4, 5, 9
-    p = softmax(logit_scale * I T^T)              Eq. 1, 2
-    L = mean over rows of KL(y || p)              Eq. 6, 7
-    total = sum over ordered pairs of w_T L_t + w_C L_c + w_G L_g                   Eq. 10
+    p = softmax(v T^T / temperature)              Eq. 1, Eq. 2
+    S = T T^T                                     Eq. 3, Eq. 8
+    y = (S - tau) / (1 - tau) where S > tau, 0 elsewhere            Eq. 4, Eq. 5, Eq. 9
+    y_hat = y with rows that sum to 1
+    L = mean over rows of KL(y_hat || p)          Eq. 6, Eq. 7
+    total = sum over ordered pairs of w_T L_t + w_C L_c + w_G L_g   Eq. 10
+
+Each product is computed once and the streams' labels are mixed before the KL, which is linear in
+them; the 18 terms of Eq. 10 one by one are `literal_loss` in tests/test_loss.py.
 
 Under torch.distributed every rank passes its own rows, in equal numbers. Rows of all ranks are
 gathered, each rank evaluates the rows that are its own, and the mean of gradients that
@@ -33,22 +37,22 @@ from torch.nn import functional as F
 
 
 def above_threshold(similarity: torch.Tensor, tau: float, own: torch.Tensor) -> torch.Tensor:
-    """y of Eq. 4, 5 and 9 before its rows are normalised.
+    """y of Eq. 4, Eq. 5 and Eq. 9, before its rows are normalised.
 
     similarity: (R, M) in [-1, 1]; tau: in [0, 1); own: (R,) column of each row's own item.
     Returns (R, M), non-negative.
     """
     y = (similarity - tau).div_(1 - tau).clamp_(min=0)                        # (R, M)  Eq. 4
-    # ASSUMPTION: the diagonal is 1 before row normalisation (zero labels, empty graphs).
+    # ASSUMPTION: the diagonal is 1 before row normalisation, for rows without labels.
     return y.scatter_(1, own[:, None], 1.0)
 
 
 def soft_labels(similarity: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Soft labels of Eq. 4, 5, 9: similarities above the threshold, stretched to (0, 1], rows to 1.
+    """y_hat of Eq. 4, Eq. 5, Eq. 9: similarities above the threshold, stretched; rows sum to 1.
 
     The same for a whole matrix as the loss does by blocks of rows. similarity: (n, n), entries in
     [-1, 1]; threshold: tau in [0, 1).
-    Returns (n, n) without gradient, float32 or float64. Raises ValueError otherwise.
+    Returns (n, n) without gradient, float32 or float64. Raises ValueError for another shape or tau.
     """
     if not 0 <= threshold < 1:
         raise ValueError(f"threshold: expected a number in [0, 1), got {threshold}")
@@ -65,7 +69,7 @@ class DynamicSoftContrastiveLoss(nn.Module):
     w_text, w_clinical, w_graph: w_T, w_C, w_G of Eq. 10, non-negative.
     tau_text, tau_clinical, tau_graph: thresholds of Eq. 4, 5, 9, in [0, 1).
     soft: False gives CLIP: one cross-entropy with one-hot labels per ordered pair, in which case
-        weights and thresholds are ignored.
+        weights and thresholds are ignored. It is the sum over pairs, so twice CLIP's usual mean.
     row_chunk: evaluate that many rows at a time; same values and gradients, with memory of
         row_chunk x M instead of M x M.
     Raises ValueError for a weight or threshold out of range.
@@ -83,8 +87,8 @@ class DynamicSoftContrastiveLoss(nn.Module):
             raise ValueError(f"weights: expected finite numbers of at least 0, got {self.weights}")
         if not all(0 <= tau < 1 for tau in self.thresholds.values()):
             raise ValueError(f"thresholds: expected numbers in [0, 1), got {self.thresholds}")
-        if row_chunk is not None and row_chunk < 1:
-            raise ValueError(f"row_chunk: expected None or at least 1, got {row_chunk}")
+        if row_chunk is not None and (row_chunk < 1 or row_chunk != int(row_chunk)):
+            raise ValueError(f"row_chunk: expected None or a number of rows, got {row_chunk}")
 
     def forward(self, image, text, labels, logit_scale, *, hard_text=None, hard_labels=None,
                 graph=None, hard_graph=None) -> dict[str, torch.Tensor]:
@@ -92,13 +96,14 @@ class DynamicSoftContrastiveLoss(nn.Module):
 
         image, text, graph, hard_text, hard_graph: (B, D), unit rows: v, T1, G1, T2, G2.
         labels, hard_labels: (B, K), non-negative, not normalised: C1, C2. Without any labels:
-            w_clinical=0 and torch.zeros(B, 1).
-        logit_scale: 1 / temperature, a scalar tensor or a float.
+            torch.zeros(B, 1) for both, and w_clinical=0 in the constructor.
+        logit_scale: 1 / temperature (`.exp()` of CLIP's parameter), a scalar tensor or a float.
         Returns "loss" (Eq. 10, a scalar) and detached scalars: the share of each ordered pair
         ("image_text", ...), which add up to the loss, and "positives_text", "_clinical", "_graph",
         the effective number of positives exp(entropy) of a row of soft labels, averaged.
-        Raises ValueError naming the argument and its shape; row lengths and signs are checked on
-        the CPU always, on CUDA in the first call only, so that no later call waits for the device.
+        Raises ValueError naming the argument and its shape; row lengths, signs and other ranks'
+        shapes are checked on the CPU always, on CUDA in the first call only, so that no later call
+        waits for the device. NaN in a row is no error: the loss is NaN, and a step can be skipped.
         """
         inputs = {"image": image, "text": text, "hard_text": hard_text,
                   "graph": graph, "hard_graph": hard_graph,
@@ -116,32 +121,30 @@ class DynamicSoftContrastiveLoss(nn.Module):
 
     def _loss(self, inputs, scale, B):
         """Eq. 10 of the inputs of all ranks; the rows with index `own` are this rank's."""
-        image = inputs["image"]                                               # (N, D)  v
-        text = _join(inputs, "text")                                          # (M, D)  T = [T1; T2]
-        graph = _join(inputs, "graph") if "graph" in inputs else None         # (M, D)  G = [G1; G2]
+        modality = {"image": inputs["image"], "text": _join(inputs, "text")}  # v (N, D), T (M, D)
+        streams = {"text": modality["text"], "clinical": _join(inputs, "labels")}     # C (M, K)
+        if "graph" in inputs:
+            modality["graph"] = streams["graph"] = _join(inputs, "graph")     # (M, D)  G = [G1; G2]
+        # ASSUMPTION: soft labels carry no gradient.
         # ASSUMPTION: C is L2-normalised here; a report without labels is a zero row.
-        clinical = F.normalize(_join(inputs, "labels"), dim=1)                # (M, K)  C = [C1; C2]
-        N = len(image)
+        # T and G too: rows that were normalised in half precision are off by up to 0.6 %.
+        streams = {name: F.normalize(x.detach(), dim=1) for name, x in streams.items()}
+        N, M = len(modality["image"]), len(modality["text"])
         first = (dist.get_rank() if N > B else 0) * B
-        own = torch.arange(first, first + B, device=image.device)             # (B,)
-        if graph is not None and len(text) > N:
+        own = torch.arange(first, first + B, device=scale.device)             # (B,)
+        if "graph" in modality and M > N:
             own = torch.cat([own, N + own])  # T<->G has rows for the hard negatives too
-        size = self.row_chunk or len(own)
-        blocks = [(rows, min(max(B - i * size, 0), len(rows)))  # row indices; how many are of T1
-                  for i, rows in enumerate(own.split(size))]
-        tensors = {"scale": scale, "image": image, "text": text}
-        tensors |= {"graph": graph} if graph is not None else {}
-        leaves = tensors
-        if len(blocks) > 1 and torch.is_grad_enabled():
+        tensors = {"scale": scale, **modality}
+        leaves, values, size = tensors, 0, self.row_chunk or len(own)
+        if size < len(own) and torch.is_grad_enabled():
             leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
-        values = 0
-        for rows, R1 in blocks:
-            terms = self._block(rows, R1, B, clinical, **leaves)
+        for i in range(0, len(own), size):
+            terms = self._block(own, slice(i, i + size), B, streams, **leaves)
             if leaves is not tensors:  # at once: no block is kept, and none computed twice
                 terms["loss"].backward()
             values = values + torch.stack([x.detach() for x in terms.values()])
-        loss = terms["loss"] if len(blocks) == 1 else values[0]
-        if leaves is not tensors:  # the same value, with the gradients of all blocks
+        loss = terms["loss"] if size >= len(own) else values[0]
+        if leaves is not tensors:  # adds 0, whose gradient is the sum of the blocks' gradients
             share = sum((x * leaves[name].grad).sum() for name, x in tensors.items())
             loss = loss + (share - share.detach())
         if N > B:  # the value of the whole batch; the gradient stays that of this rank's rows
@@ -150,18 +153,16 @@ class DynamicSoftContrastiveLoss(nn.Module):
             loss = loss + (values[0] - loss.detach())
         return dict(zip(terms, values, strict=True)) | {"loss": loss}
 
-    def _block(self, rows, R1, B, clinical, scale, **modality):
-        """All terms of Eq. 10 that have the given rows, as shares of the means over rows.
+    def _block(self, own, part, B, streams, scale, **modality):
+        """All terms of Eq. 10 of the rows own[part], as shares of the means over all rows.
 
-        rows: (R,) indices into [T1; T2] of all ranks, R1 of them, the first, into T1.
-        modality: {"image": (N, D), "text": (M, D), "graph": (M, D)}; clinical: (M, K).
+        own: indices into [T1; T2] of all ranks, the first B of them into T1. streams: unit rows
+        "text" T, "clinical" C, "graph" G, (M, .). modality: "image" (N, D), "text", "graph" (M, D).
         """
         N, M = len(modality["image"]), len(modality["text"])
-        R = len(rows)
-        whole = R == (M if "graph" in modality else N)  # one rank, one block
-        streams = {"text": modality["text"], "clinical": clinical, "graph": modality.get("graph")}
-        count = B * M // N if "graph" in modality else B  # rows of all blocks
-        targets, entropy, positives = self._targets(rows, R1, N, streams, scale)
+        rows, R1 = own[part], len(own[:B][part])  # (R,), and how many of them are of T1
+        whole = N == B and len(rows) == len(own)  # one rank, one block
+        targets, positives = self._targets(rows, R1, N, streams, scale)
         logits, terms = {}, {}
         for a in modality:
             for b in modality:
@@ -170,75 +171,78 @@ class DynamicSoftContrastiveLoss(nn.Module):
                 # "we use T1 and G1 instead of T and G when compared with I" (Eq. 10).
                 # ASSUMPTION: T1, G1 are rows against I; I->T and I->G keep the 2B columns of Eq. 1.
                 # ASSUMPTION: T<->G compares all 2B rows; each KL is the mean over its rows.
-                r = R if "image" not in (a, b) else R1
+                r, count = (R1, B) if "image" in (a, b) else (len(rows), len(own))
                 m = N if b == "image" else M
                 if whole and (b, a) in logits:  # the same products, seen from the other side
                     z = logits[b, a][:, :r].T.contiguous()                    # (r, m)
                 else:
                     left = modality[a] if whole else modality[a][rows[:r]]    # (r, D)
-                    z = scale * left @ modality[b][:m].T                      # (r, m)  Eq. 1, 2
+                    z = scale * left @ modality[b][:m].T                      # (r, m)
                     logits[a, b] = z
-                if self.soft:
-                    # sum_k w_k KL(y_k || p) = -sum_k w_k H(y_k) - sum (sum_k w_k y_k) log p
-                    kl = F.cross_entropy(z, targets[m][:r], reduction="sum") - entropy[m][:r].sum()
+                if self.soft:  # p = softmax(z) of Eq. 1, Eq. 2, for all streams k at once:
+                    # sum_k w_k KL(y_hat_k || p) = -sum_k w_k H(y_hat_k) - (sum_k w_k y_hat_k) log p
+                    y_hat, entropy = targets["square" if m < M else "wide"]
+                    kl = F.cross_entropy(z, y_hat[:r], reduction="sum") - entropy[:r].sum()
                 else:
                     # ASSUMPTION: systems without D have one cross-entropy per ordered pair.
                     kl = F.cross_entropy(z, rows[:r], reduction="sum")
-                terms[f"{a}_{b}"] = kl / (B if "image" in (a, b) else count)  # Eq. 6, 7
-        positives = {name: value / count for name, value in positives.items()}
+                terms[f"{a}_{b}"] = kl / count                                # Eq. 6, Eq. 7
+        positives = {f"positives_{name}": x / len(own) for name, x in positives.items()}
         return {"loss": sum(terms.values()), **terms, **positives}            # Eq. 10
 
     @torch.no_grad()
     def _targets(self, rows, R1, N, streams, scale):
-        """Soft labels of a block of rows, all streams mixed: sum_k w_k y_k.
+        """Soft labels of a block of rows, all streams mixed: sum_k w_k y_hat_k.
 
-        Returns targets and entropy by the number of columns, {M: (R, M), N: (R1, N)} and
-        {M: (R,), N: (R1,)}, the latter sum_k w_k H(y_k); and the sums of "positives_*".
+        Returns {"wide": ((R, M), (R,)), "square": ((R1, N), (R1,))}, the latter of T1, G1 against I
+        where N < M: mixed rows with their sum_k w_k H(y_hat_k); and exp(entropy) of each stream,
+        summed over rows.
         """
-        # ASSUMPTION: soft labels carry no gradient.
-        streams = {name: x for name, x in streams.items() if x is not None}
-        targets, entropy, positives = {}, {}, {}
+        if not self.soft:
+            return {}, dict.fromkeys(streams, scale.new_tensor(len(rows)))
+        targets, positives = {}, {}
         for name, x in streams.items():
-            if not self.soft:
-                positives[f"positives_{name}"] = x.new_tensor(len(rows))
-                continue
-            s = x[rows] @ x.T                                                 # (R, M)  Eq. 3, 8
-            y = self._weigh(s, self.thresholds[name], rows, scale)            # (R, M)  Eq. 4, 5, 9
+            w, M = self.weights[name], len(x)
+            s = x[rows] @ x.T                                                 # (R, M)  Eq. 3, Eq. 8
+            y = self._unnormalised(s, self.thresholds[name], rows, scale)     # (R, M)  Eq. 4, 5, 9
             y_log_y = y.clamp(min=1e-30).log_().mul_(y)  # 0 log 0 = 0; xlogy takes 8 times as long
-            # ASSUMPTION: a smaller block of logits takes the top-left block of y, re-normalised.
-            for r, m in {(len(rows), x.shape[0]), (R1, N)}:
+            # ASSUMPTION: T1->I and G1->I take the top-left N x N of y, re-normalised.
+            for kind, r, m in (("wide", len(rows), M), ("square", R1, N))[:1 + (N < M)]:
                 total = y[:r, :m].sum(1)                                      # (r,)
-                h = total.log() - y_log_y[:r, :m].sum(1) / total  # (r,) entropy of y / total
-                w = self.weights[name]
-                mixed = y[:r, :m] * (w / total)[:, None]                      # (r, m)
-                targets[m] = targets[m].add_(mixed) if m in targets else mixed
-                entropy[m] = entropy.get(m, 0) + w * h
-                if m == x.shape[0]:
-                    positives[f"positives_{name}"] = h.exp().sum()
-        return targets, entropy, positives
+                entropy = total.log() - y_log_y[:r, :m].sum(1) / total        # (r,)  H(y_hat)
+                y_hat = y[:r, :m] * (w / total)[:, None]                      # (r, m)  times w
+                if kind in targets:
+                    targets[kind][0].add_(y_hat)
+                    targets[kind][1].add_(w * entropy)
+                else:
+                    targets[kind] = y_hat, w * entropy
+                if kind == "wide":
+                    positives[name] = entropy.exp().sum()
+        return targets, positives
 
-    def _weigh(self, similarity, tau, rows, scale):
-        return above_threshold(similarity, tau, rows)
+    def _unnormalised(self, similarity, tau, rows, scale):
+        return above_threshold(similarity, tau, rows)  # scale is for SoftCLIPLoss
 
     def _check(self, inputs):
         """Shapes always; values and the other ranks' batch size where that costs no waiting."""
-        image, labels = inputs["image"], inputs.get("labels")
-        if image.dim() != 2 or not len(image):
-            raise ValueError(f"image: expected (B, D) with rows, got {tuple(image.shape)}")
-        if labels is None or labels.dim() != 2:
-            raise ValueError("labels: expected (B, K), a column for each label, got "
-                             f"{None if labels is None else tuple(labels.shape)}")
+        image, labels = inputs.get("image"), inputs.get("labels")
+        for name, x, shape in (("image", image, "(B, D)"), ("labels", labels, "(B, K)")):
+            if not torch.is_tensor(x) or x.dim() != 2 or not len(x):
+                raise ValueError(f"{name}: expected a tensor {shape} with rows, got {_shape(x)}")
         hard, graph = (any(word in name for name in inputs) for word in ("hard", "graph"))
+        shapes = [len(image)]
         for name in ("image", "text", "labels", "hard_text", "hard_labels", "graph", "hard_graph"):
+            x = inputs.get(name)
+            shapes.append(x.shape[-1] if torch.is_tensor(x) else 0)
             if ("hard" in name and not hard) or ("graph" in name and not graph):
                 continue
             shape = (len(image), (labels if "labels" in name else image).shape[1])
-            got = tuple(inputs[name].shape) if name in inputs else f"None beside {[*inputs]}"
-            if got != shape:
-                raise ValueError(f"{name}: expected shape {shape}, got {got}")
+            if _shape(x) != shape:
+                beside = [other for other in inputs if "hard" in other or "graph" in other]
+                raise ValueError(f"{name}: expected shape {shape}, got {_shape(x)}"
+                                 + f" beside {', '.join(beside)}" * (x is None))
         if image.is_cuda and self._values_checked:
             return
-        self._values_checked = True
         for name, x in inputs.items():
             if name.endswith("labels"):
                 if not bool(((x >= 0) & (x < float("inf"))).all()):
@@ -248,26 +252,31 @@ class DynamicSoftContrastiveLoss(nn.Module):
                 raise ValueError(f"{name}: expected unit rows in {tuple(x.shape)}; use "
                                  "F.normalize(x, dim=-1)")
         if _world() > 1:
-            sizes = [torch.tensor([len(image)], device=image.device) for _ in range(_world())]
-            dist.all_gather(sizes, sizes[dist.get_rank()].clone())
-            if len({int(size) for size in sizes}) > 1:
-                raise ValueError(f"image: expected the same number of rows on every rank, got "
-                                 f"{[int(size) for size in sizes]}")
+            every = [torch.tensor(shapes, device=image.device) for _ in range(_world())]
+            dist.all_gather(every, every[dist.get_rank()].clone())
+            if any(not torch.equal(x, every[0]) for x in every):
+                raise ValueError("expected the same arguments and shapes on every rank, got rows "
+                                 f"and widths {[x.tolist() for x in every]}")
+        self._values_checked = True
 
 
 class SoftCLIPLoss(DynamicSoftContrastiveLoss):
-    """SoftCLIP's intra-modal targets on the same pairs: y = softmax(S_t / temperature)."""
+    """SoftCLIP's intra-modal targets on the same pairs: y_hat = softmax(S_t / temperature)."""
 
     # DIFFERS from SoftCLIP: no region features, no disentangled negatives, targets from text alone.
 
     def __init__(self, row_chunk=None):
-        super().__init__(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, row_chunk=row_chunk)
+        super().__init__(w_clinical=0.0, w_graph=0.0, row_chunk=row_chunk)
 
-    def _weigh(self, similarity, tau, rows, scale):
+    def _unnormalised(self, similarity, tau, rows, scale):
         return (scale * (similarity - 1)).exp().scatter_(1, rows[:, None], 1.0)  # (R, M)
 
 
 # ---------------------------------------------------------------- plumbing
+
+
+def _shape(x):
+    return tuple(x.shape) if torch.is_tensor(x) else None if x is None else type(x).__name__
 
 
 def _world() -> int:

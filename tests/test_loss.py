@@ -142,14 +142,14 @@ def test_one_hot_targets_reduce_to_clip():
                                                 scale)
     logits, own = scale * batch["image"] @ batch["text"].T, torch.arange(16)
     info_nce = F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
-    assert out["loss"].item() == pytest.approx(float(info_nce), rel=1e-12)
+    assert out["loss"].item() == pytest.approx(info_nce.item(), rel=1e-12)
     # The same limit from the soft side: distinct rows and a threshold above every similarity.
     distinct = DynamicSoftContrastiveLoss(1.0, 0.0, 0.0, tau_text=0.9999)
     batch = make_batch(4, negatives=False, graphs=False)
     soft = distinct(batch["image"], batch["text"], batch["labels"], scale)
     logits, own = scale * batch["image"] @ batch["text"].T, torch.arange(4)
     info_nce = F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
-    assert float(soft["loss"]) == pytest.approx(float(info_nce), rel=1e-12)
+    assert soft["loss"].item() == pytest.approx(info_nce.item(), rel=1e-12)
     assert float(soft["positives_text"]) == pytest.approx(1.0)
 
 
@@ -224,6 +224,19 @@ def test_identical_and_opposite_unit_rows_never_give_nan(criterion):
         assert torch.autograd.grad(out["loss"], x)[0].isfinite().all()
 
 
+def test_rows_normalised_in_half_precision_still_share_labels_with_their_duplicates():
+    text = F.normalize(torch.randn(64, 512).repeat(2, 1).bfloat16(), dim=1)  # 64 reports, twice
+    assert float((text.float().norm(dim=1) - 1).abs().max()) > 1e-4  # what would tilt Eq. 4
+    out = DynamicSoftContrastiveLoss()(text, text, torch.zeros(128, 14), 10.0)
+    assert out["positives_text"].item() == pytest.approx(2, abs=1e-5)
+
+
+def test_a_nan_row_gives_a_nan_loss_and_no_error():
+    x = F.normalize(torch.randn(4, 8), dim=1)
+    out = DynamicSoftContrastiveLoss()(x * torch.tensor(float("nan")), x, torch.zeros(4, 14), 10.0)
+    assert out["loss"].isnan()
+
+
 def test_softclip_targets_are_the_softmax_of_text_similarities():
     batch, scale = make_batch(5, negatives=False, graphs=False), 4.0
     out = SoftCLIPLoss()(batch["image"], batch["text"], batch["labels"], scale)
@@ -241,8 +254,10 @@ def test_softclip_targets_are_the_softmax_of_text_similarities():
     ({"labels": -torch.ones(4, 14)}, "labels: expected non-negative"),
     ({"labels": torch.full((4, 14), float("nan"))}, "labels: expected non-negative, finite"),
     ({"hard_graph": None}, r"hard_graph: expected shape \(4, 8\)"),
-    ({"labels": None}, r"labels: expected \(B, K\), a column for each label, got None"),
-    ({"labels": torch.ones(4)}, r"labels: expected \(B, K\), a column for each label, got \(4,\)"),
+    ({"labels": None}, r"labels: expected a tensor \(B, K\) with rows, got None"),
+    ({"labels": torch.ones(4)}, r"labels: expected a tensor \(B, K\) with rows, got \(4,\)"),
+    ({"image": None}, r"image: expected a tensor \(B, D\) with rows, got None"),
+    ({"text": [0.0]}, r"text: expected shape \(4, 8\), got list"),
     ({"hard_labels": None}, r"hard_labels: expected shape \(4, 14\), got None beside .*hard_text"),
     ({"hard_text": None}, r"hard_text: expected shape \(4, 8\), got None beside .*hard_labels"),
     ({"hard_text": None, "hard_labels": None}, r"hard_text: expected shape \(4, 8\)"),
@@ -349,12 +364,15 @@ def test_a_gather_that_stops_gradients_would_be_noticed(tmp_path):
 def uneven_rank(rank, folder):
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     x = F.normalize(torch.ones(2 + rank, 8), dim=1)
-    with pytest.raises(ValueError, match=r"same number of rows on every rank, got \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"same .* shapes on every rank, got .* \[\[2.*\], \[3"):
         DynamicSoftContrastiveLoss()(x, x, torch.zeros(2 + rank, 14), 10.0)
+    hard = {"hard_text": x[:2], "hard_labels": torch.zeros(2, 14)} if rank else {}
+    with pytest.raises(ValueError, match="same arguments"):
+        DynamicSoftContrastiveLoss()(x[:2], x[:2], torch.zeros(2, 14), 10.0, **hard)
     dist.destroy_process_group()
 
 
-def test_unequal_batches_across_ranks_are_refused_on_every_rank(tmp_path):
+def test_unequal_arguments_across_ranks_are_refused_on_every_rank(tmp_path):
     mp.spawn(uneven_rank, (tmp_path,), nprocs=2)
 
 
@@ -366,7 +384,7 @@ def test_the_example_in_the_header_runs_on_a_copy_of_the_file_alone(tmp_path):
               "from loss import DynamicSoftContrastiveLoss",
               "image, text, hard_text = (normalize(torch.randn(4, 8, requires_grad=True), dim=1)"
               " for _ in range(3))",
-              "labels = hard_labels = torch.ones(4, 14); logit_scale = 14.0",
+              "labels = hard_labels = torch.ones(4, 14); temperature = 0.07",
               *(line[4:] for line in example)]
     done = subprocess.run([sys.executable, "-c", "\n".join(script)], cwd=tmp_path,
                           capture_output=True, text=True)
