@@ -37,7 +37,15 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from gcn import collate_graphs, read_radgraph
-from negations import CONDITIONS, minimum, open_atomic, parse_line, read_jsonl, run_main
+from negations import (
+    CONDITIONS,
+    label_report,
+    minimum,
+    open_atomic,
+    parse_line,
+    read_jsonl,
+    run_main,
+)
 
 SPLITS = ("train", "val", "test")
 MAX_PIXELS = 50_000_000      # checked before decoding: three times the largest published radiograph
@@ -127,7 +135,7 @@ def pixels(image, size, rng=None):
 
 def crop_borders(image):
     """Cuts black padding away: rows and columns in which hardly any pixel is not black."""
-    # DIFFERS from App. B.1: its public pipeline takes the largest contour's box, with OpenCV.
+    # DIFFERS from App. B.1: only with cache --crop-borders, and by brightness, not by contours.
     bright = np.asarray(image) > 10
     rows, columns = (np.flatnonzero(bright.mean(axis) > 0.02) for axis in (1, 0))
     if not len(rows) or not len(columns):
@@ -217,7 +225,8 @@ def image_path(record, manifest, image_root=None):
     folder, name = os.path.split(path)
     path = os.path.realpath(path) if os.path.islink(path) else os.path.join(_real(folder), name)
     inside = path.startswith(os.path.join(root, ""))
-    expect(inside, manifest, "images inside their root (see --image-root)")
+    expect(inside, manifest, "images inside their root; where links lead to them, name their own "
+           "folder by --image-root")
     return Path(path)
 
 
@@ -307,9 +316,10 @@ class Studies(Dataset):
         self.seed, self.augment = seed, augment
         bits = manifest.positives & ((1 << len(CONDITIONS) - 1) - 1)  # the 13 besides No Finding
         self.single = np.flatnonzero((bits > 0) & (bits & (bits - 1) == 0)).astype(np.int32)
-        if negatives and not len(self.single) and not manifest.hard_negatives.all():
-            raise ValueError(f"{manifest.path}: expected hard_negatives or reports of one positive "
-                             "label to train with negations; run negations.py on it first")
+        stored = manifest.hard_negatives > 0
+        expect(not negatives or stored.all() or stored.any() and len(self.single), manifest.path,
+               "hard_negatives to train with, and for studies without them reports of one positive "
+               "label; run negations.py on it first")
 
     def __len__(self):
         return len(self.manifest)
@@ -347,6 +357,7 @@ class Studies(Dataset):
             # ASSUMPTION: each epoch draws one of a study's stored hard negatives anew.
             return stored[rng.integers(len(stored))]
         # ASSUMPTION: not normal studies alone, but all without a stored negative draw a report.
+        # ASSUMPTION: "a single positive entity" is one 1; uncertain findings may stand beside it.
         for _ in range(MAX_TRIES):
             other = self.manifest[self.single[rng.integers(len(self.single))]]
             if other.get("report") != record.get("report"):  # never a copy of the report itself
@@ -716,7 +727,8 @@ class Download:
     def name(self, name):
         """The relative path of the file of this name, in any format (DICOM last), or None."""
         if self.stems is None:
-            files = (Path(folder, f) for folder, _, files in os.walk(self.root) for f in files)
+            files = (Path(folder, f) for folder, _, files in os.walk(self.root, followlinks=True)
+                     for f in files)
             files = [path for path in files if path.suffix.lower() in self.SUFFIXES]
             files.sort(key=lambda path: (path.suffix.lower() in DICOM, path), reverse=True)
             self.stems = {stem(path): path.relative_to(self.root).as_posix() for path in files}
@@ -934,7 +946,8 @@ def build_mimic(official, args):
         text = next(filter(Path.is_file, texts), None)
         report = text and join_text(*parse_report(text.read_text("utf-8", "replace")))
         if not report:
-            yield "no report file" if report is None else "neither findings nor impression"
+            yield ("neither findings nor impression" if report is not None else
+                   "no report file files/pNN/PATIENT/STUDY.txt here or in mimic-cxr-reports")
             continue
         image = f"{folder}/{name}.jpg"
         yield study(name, image, official.path(image), subject, splits[name], report=report,
@@ -1007,7 +1020,7 @@ def build_chexpert5x200(official, args):
 
 
 def build_rsna(official, args):
-    """RSNA pneumonia: stage_2_train_labels.csv, GLoRIA's split (rsna-ab: without class Normal)"""
+    """RSNA pneumonia: stage_2_train_labels.csv, GLoRIA's split; -ab leaves class Normal out"""
     found, classes = Counter(), {}
     for where, row in official.table("stage_2_train_labels.csv", "patientId", "Target"):
         found[row["patientId"]] |= label(where, row["Target"]) == 1
@@ -1122,8 +1135,12 @@ def probmed_pairs(path):
 def build_cxr_align(official, args):
     """CXR-Align's cxr-align.json (Sec. 3) beside its images"""
     file = official.file("cxr-align.json")
-    for source, items in read_json(file).items():
+    sources = read_json(file)
+    right = isinstance(sources, dict) and all(isinstance(x, dict) for x in sources.values())
+    expect(right, file, "an object of sources, each an object of entries by image")
+    for source, items in sources.items():
         for k, (name, item) in enumerate(items.items()):
+            expect(isinstance(item, dict), file, f"an object in {source}, entry {k}")
             texts = [item.get(key) for key in ("report", "negation", "omitted")]
             condition = CLASS_NAMES.get(str(item.get("chosen")).lower())
             expect(condition and all(isinstance(text, str) for text in texts), file,
@@ -1133,7 +1150,7 @@ def build_cxr_align(official, args):
             negative = {"condition": condition, "omitted": texts[2], "report": texts[1],
                         "position": item.get("location")}
             yield study(name, f"images/{name}.jpg", path, patient[1] if patient else name, "test",
-                        report=texts[0], hard_negatives=[negative])
+                        report=texts[0], labels=label_report(texts[0]), hard_negatives=[negative])
 
 
 BUILDERS = {"openi": build_openi, "mimic": build_mimic, "chexpert-plus": build_chexpert_plus,
@@ -1169,8 +1186,17 @@ def _shrink(job):
             image.resize(shape, Image.Resampling.LANCZOS).save(file, "JPEG", quality=95)
 
 
+def check_images(manifest, workers=0):
+    """ValueError with the line of the first image that cannot be read."""
+    jobs = [(manifest.image_path(manifest[i]), None, 0, False) for i in range(len(manifest))]
+    for i, why in enumerate(run_jobs(_shrink, jobs, workers, "images")):
+        if why:
+            raise ValueError(f"{manifest.path}:{manifest.line(i)}: {why}; python data.py check "
+                             "lists all such lines")
+
+
 def cache(path, out, size=256, crop=False, workers=0, image_root=None):
-    """Copies of all images with that shorter side, and a manifest in out; resumes."""
+    """Copies of all images, made smaller once, and a manifest of them; resumes"""
     manifest, target = Manifest(path, image_root=image_root), Path(out) / Path(path).name
     folder = (Path(out) / f"{size}px{'-cropped' * crop}").resolve()
     expect(target.resolve() != Path(path).resolve(), out, "another folder than the manifest's")
@@ -1181,7 +1207,8 @@ def cache(path, out, size=256, crop=False, workers=0, image_root=None):
         names.append(f"{digest[:2]}/{digest}.jpg")
         jobs.append((manifest.image_path(record), folder / names[i], size, crop))
     reasons = list(run_jobs(_shrink, jobs, workers, "cache"))
-    expect(None in reasons, path, "images that can be read (is --image-root right?)")
+    expect(None in reasons, path, f"images that can be read (is --image-root right?); the first: "
+           f"{next(iter(reasons), 'there is none')}")
     with open_atomic(target) as file:
         for i, name in enumerate(names):
             if reasons[i] is None:
@@ -1194,7 +1221,7 @@ def cache(path, out, size=256, crop=False, workers=0, image_root=None):
 
 
 def check(path, image_root=None, workers=0):
-    """Validates all lines and images, prints what a manifest holds -> the list of what is wrong."""
+    """Validates all lines and images, prints counts and labels; exits with 1 if some are wrong"""
     wrong, jobs, lines, patients = [], [], [], {}
     ids, reports, splits, classes = Counter(), Counter(), Counter(), Counter()
     with open(path, "rb") as file:
@@ -1309,7 +1336,7 @@ def main(argv=None):
         print(manifest, summary, sep="\n")
     if args.sheet:
         draw_sheet(manifest, args.sheet, getattr(args, "image_root", None))
-    for line in wrong[:20]:
+    for line in wrong[:20] + [f"{len(wrong)} in all"] * (len(wrong) > 20):
         print(f"wrong: {line}", file=sys.stderr)
     if wrong and args.command == "check":
         raise SystemExit(1)

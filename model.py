@@ -23,6 +23,7 @@ import zlib
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 
@@ -153,11 +154,15 @@ def _text_encoder(name: str) -> tuple[nn.Module, object]:
         raise ValueError(f"--text-encoder {name}: expected a Hugging Face folder with config.json")
     try:
         bert = _transformers().AutoModel.from_pretrained(name, dtype=torch.float32)
-        return BertTextEncoder(bert), _tokenizer(name)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        reason = str(error).strip().split("\n")[0]
+        tokenizer = _tokenizer(name)
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"--text-encoder {name}: expected tiny, a folder or a hub id of a "
-                         f"BERT-family model ({reason})") from None
+                         f"BERT-family model ({_reason(error)})") from None
+    words = len(tokenizer.tokenizer)
+    if words < 0.9 * bert.config.vocab_size:  # embeddings may be padded
+        raise ValueError(f"--text-encoder {name}: expected a vocabulary (vocab.txt or "
+                         f"tokenizer.json) of {bert.config.vocab_size} words, got {words}")
+    return BertTextEncoder(bert), tokenizer
 
 
 def _tokenizer(name) -> TextTokenizer:
@@ -166,6 +171,10 @@ def _tokenizer(name) -> TextTokenizer:
     # ASSUMPTION: a folder's tokenizer config rules; without one, text stays cased.
     cased = {} if get_tokenizer_config(name) else {"do_lower_case": False}
     return TextTokenizer(AutoTokenizer.from_pretrained(name, **cased))
+
+
+def _reason(error) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 class ClinicalCLIP(nn.Module):
@@ -370,7 +379,10 @@ def _load_state(module: nn.Module, state: dict, path: Path):
 
 
 def _build(config: dict, state: dict, path: Path) -> ClinicalCLIP:
-    tokenizer = _tokenizer(str(path.parent / "tokenizer")) if config["bert"] else None
+    folder = path.parent / "tokenizer"
+    if config["bert"] and not folder.is_dir():
+        raise ValueError(f"{folder}: expected the run's tokenizer beside {path.name}")
+    tokenizer = _tokenizer(str(folder)) if config["bert"] else None
     model = ClinicalCLIP(config["image_encoder"], config["bert"] or "tiny", config["width"],
                          config["image_size"], config["graph"], tokenizer=tokenizer)
     _load_state(model, state, path)
@@ -407,15 +419,20 @@ def load_model(path, device="cpu"):
             config = dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
         except (ValueError, TypeError):
             raise ValueError(f"{path / 'config.json'}: expected a JSON object") from None
-        if config.pop("model_type", None) == "clinical-clip":
+        kind = config.pop("model_type", None)
+        if kind == "clinical-clip":
             from safetensors.torch import load_file
             weights = path / "model.safetensors"
-            return _build(config, load_file(weights), weights).to(device).eval()
+            try:
+                return _build(config, load_file(weights), weights).to(device).eval()
+            except SafetensorError as error:
+                raise ValueError(f"{weights}: not an intact file ({_reason(error)})") from None
+        if kind != "clip":
+            raise ValueError(f"{path / 'config.json'}: expected model_type clip, got {kind}")
     elif path.exists() or path.parent != Path(".") and path.parent.exists():
         raise ValueError(f"{path}: expected a run folder with best.pt or last.pt, or a CLIP folder")
     try:
         return HuggingFaceCLIP(name).to(device).eval()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{name}: no run folder or checkpoint, nor a Hugging Face CLIP that could "
-                         f"be loaded ({reason})") from None
+                         f"be loaded ({_reason(error)})") from None

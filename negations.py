@@ -21,12 +21,14 @@ import hashlib
 import itertools
 import json
 import mmap
+import multiprocessing
 import os
 import random
 import re
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
@@ -670,6 +672,8 @@ class GraphFile:
 
     def __init__(self, path):
         self.path, self.at = path, {}  # study or line -> (start, end) in the file
+        if not os.path.getsize(path):
+            raise ValueError(f"{path}: expected RadGraph's JSON object of records, got no byte")
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             found = [(m[1].decode("latin-1"), m.end()) for m in self._RECORD.finditer(data)]
         for (key, start), (_, end) in itertools.pairwise([*found, ("", os.path.getsize(path))]):
@@ -776,12 +780,18 @@ def local_model(name, batch_size=8):
     """generate(prompts) -> answers of an instruct model (folder or hub id) run here, greedy."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"--llm {name}: expected a folder or hub id of a causal language model "
+                         f"({reason})") from None
     if not tokenizer.chat_template:
-        raise ValueError(f"{name}: expected an instruct model, with a chat template")
+        raise ValueError(f"--llm {name}: expected an instruct model, with a chat template")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval().to(device)
+    model.to(device)
 
     def generate(prompts):
         answers = []
@@ -932,6 +942,12 @@ _TOOLS = {}  # of this process: path, seed, labeler, generate, graphs
 def _start_worker(tools):
     _TOOLS.update(tools)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's affair
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _checked(path, number, line, labeler):
@@ -1041,17 +1057,21 @@ def main(argv=None):
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "workers", "manifest")} | {
         "input": [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
         "code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
-    if Path(args.out).resolve() in files:
-        raise ValueError(f"--out {args.out}: expected another file than those that are read")
+    if Path(args.out).resolve() in files or Path(args.out).is_dir():
+        raise ValueError(f"--out {args.out}: expected a file, another than those that are read")
+    # Every line is read once before, so that a bad one stops the run here and not after hours.
+    lines = sum(1 for n, line in _lines(args.manifest)
+                if _checked(args.manifest, n, line, args.labeler))
     began, total, part = time.time(), Counter(), Path(f"{args.out}.part")
     tools = {"path": args.manifest, "seed": args.seed, "graphs": graphs and GraphFile(graphs),
              "labeler": CheXbert(args.chexbert) if args.chexbert else args.labeler,
              "generate": args.llm and local_model(args.llm)}
     done = _resume(part, settings, total)
-    lines = itertools.islice(_lines(args.manifest), done, None)
-    chunks = iter(lambda: list(itertools.islice(lines, 64)), [])
+    todo = itertools.islice(_lines(args.manifest), done, None)
+    chunks = iter(lambda: list(itertools.islice(todo, 64)), [])
     workers = 1 if args.llm or args.chexbert else args.workers
-    with open(part, "ab") as file, tqdm(unit=" studies", initial=done, disable=None) as bar:
+    with open(part, "ab") as file, tqdm(total=lines, unit=" studies", initial=done,
+                                        disable=None) as bar:
         for data, counts in _stream(chunks, workers, tools):
             file.write(data)
             total += counts

@@ -380,7 +380,7 @@ def test_mimic_keeps_frontal_views_and_parses_sections(tmp_path, capsys):
     assert rows["mimic/a1"]["study_id"] == "50414267"  # of RadGraph's records, in the cache too
     said = " ".join(capsys.readouterr().out.split())
     assert "view not PA or AP 1" in said and "neither findings nor impression 1" in said
-    assert "no report file 1" in said
+    assert "no report file files/pNN/PATIENT/STUDY.txt here or in mimic-cxr-reports 1" in said
 
 
 def test_chexpert_plus_aligns_graphs_with_the_sections_of_two_words(tmp_path):

@@ -119,7 +119,7 @@ def test_the_temperature_stays_between_clips_bounds():
     for value, kept in ((9.0, 100.0), (-1.0, 1.0), (1.0, 2.718282)):
         model.logit_scale.data.fill_(value)
         model.clamp_temperature()
-        assert float(model.logit_scale.exp()) == pytest.approx(kept, rel=1e-5)
+        assert model.logit_scale.exp().item() == pytest.approx(kept, rel=1e-5)
 
 
 def test_a_folder_without_tokenizer_config_is_read_cased_with_golden_ids(bert_folder):
@@ -205,6 +205,29 @@ def test_unknown_encoders_are_one_clear_line(change, message):
 def test_a_text_encoder_folder_that_is_none_is_refused(tmp_path):
     with pytest.raises(ValueError, match="expected a Hugging Face folder with config.json"):
         tiny(text_encoder=str(tmp_path))
+
+
+def copied(folder, to, *names):
+    to.mkdir()
+    for name in names:
+        (to / name).write_bytes((folder / name).read_bytes())
+    return to
+
+
+def test_damaged_or_incomplete_folders_are_named_in_one_line(bert_folder, tmp_path):
+    mute = copied(bert_folder, tmp_path / "mute", "config.json", "model.safetensors")
+    with pytest.raises(ValueError, match=f"{mute}: expected a vocabulary .* of 18 words, got"):
+        tiny(text_encoder=str(mute))
+    cut = copied(bert_folder, tmp_path / "cut", "config.json", "vocab.txt", "model.safetensors")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"{cut}: expected tiny, a folder or a hub id"):
+        tiny(text_encoder=str(cut))
+    with pytest.raises(ValueError, match="config.json: expected model_type clip, got bert"):
+        load_model(bert_folder)
+    run = save_run(tiny(text_encoder=str(bert_folder)), tmp_path / "run")
+    alone = copied(run, tmp_path / "alone", "last.pt")
+    with pytest.raises(ValueError, match="alone/tokenizer: expected the run's tokenizer"):
+        load_model(alone / "last.pt")
 
 
 def test_a_hugging_face_clip_answers_the_same_calls(tmp_path):

@@ -446,6 +446,27 @@ def test_an_interrupted_run_continues_or_says_why_not(tmp_path, monkeypatch):
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
+def test_workers_leave_with_a_killed_parent(tmp_path):
+    source = manifest(tmp_path / "in.jsonl", 20_000)
+    process = subprocess.Popen([sys.executable, N.__file__, str(source), "--out",
+                                str(tmp_path / "out.jsonl"), "--workers", "2"])
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    for _ in range(200):
+        time.sleep(0.05)
+        workers = [pid for pid in children.read_text().split()
+                   if b"negations" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        if len(workers) == 2:
+            break
+    process.kill()
+    process.wait()
+    for _ in range(200):
+        alive = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+        if not alive:
+            break
+        time.sleep(0.05)
+    assert len(workers) == 2 and not alive
+
+
 def test_mistakes_name_file_and_line_and_show_no_report(tmp_path):
     good = json.dumps({"id": "1", "report": "SECRET effusion."})
     for bad, expected in [("{SECRET", "JSON object"), ('["SECRET"]', "JSON object"),
@@ -457,10 +478,16 @@ def test_mistakes_name_file_and_line_and_show_no_report(tmp_path):
         assert done.returncode == 2 and done.stderr.startswith(f"error: {source}:3: expected")
         assert expected in done.stderr and done.stderr.count("\n") == 1
         assert "SECRET" not in done.stdout + done.stderr
-    # An interrupted run without a finished record stands in nobody's way: the loop above shows it.
+        assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]  # nothing is left
     source.write_text(good + "\n")
-    with pytest.raises(ValueError, match="expected another file than those that are read"):
-        N.main([str(source), "--out", str(source)])
+    for out in (source, tmp_path):
+        with pytest.raises(ValueError, match="expected a file, another than those that are read"):
+            N.main([str(source), "--out", str(out)])
+    (tmp_path / "graphs.json").touch()
+    for flags, expected in [(["--graphs", str(tmp_path / "graphs.json")], "graphs.json: expected"),
+                            (["--llm", str(tmp_path)], f"--llm {tmp_path}: expected a folder")]:
+        with pytest.raises(ValueError, match=expected):
+            N.main([str(source), "--out", str(tmp_path / "out.jsonl"), *flags])
     assert source.read_text() == good + "\n"
     source.write_bytes(b'{"id": "\xff"}\n')
     with pytest.raises(ValueError, match="in.jsonl:1: expected one JSON object in UTF-8"):
