@@ -119,7 +119,6 @@ def to_grey(values):
 
 def pixels(image, size, rng=None):
     """PIL image -> (1, S, S) uint8: all of it, or with rng a random crop, resized in one step."""
-    # ASSUMPTION: an image is squashed to the square, so that neither lung's edge is ever cut off.
     width, height = image.size
     box = (0, 0, width, height)
     if rng is not None:

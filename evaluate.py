@@ -222,8 +222,8 @@ class Images(Dataset):
         try:
             path = self.manifest.image_path(self.manifest[row])
             return self.transform(read_image(path, self.at_least))
-        except (OSError, ValueError) as error:
-            return f"{self.manifest.path}:{self.manifest.line(row)}: {error}"
+        except (OSError, ValueError) as error:  # without the path, which may name the patient
+            return f"{self.manifest.path}:{self.manifest.line(row)}: {str(error).split(': ')[-1]}"
 
     def batches(self, opt):
         """Yield (B, C, H, W); ValueError with file and line for an image that cannot be read."""
@@ -439,7 +439,7 @@ def fit(train, val, rows, names):
     train, val: Bench; rows: training rows; names: classes; unknown truth is left out. val's loss
     chooses the L2 weight, then the epoch. head: embeddings (n, D) -> logits (n, K) in numpy.
     """
-    # ASSUMPTION: FT is a linear probe of standardised embeddings; --full is AdamW 5e-5 from there.
+    # ASSUMPTION: FT is a linear probe of standardised, projected embeddings; --full is AdamW 5e-5.
     opt, model, device, best = train.opt, train.model, _device(train.model), (float("inf"),)
     x, y = train.images[rows].to(device), train.columns(names)[rows].to(device)  # (n, D), (n, K)
     y_val, mean, std = val.columns(names).to(device), x.mean(0), x.std(0, correction=0) + 1e-6
@@ -495,6 +495,7 @@ def fine_tune(bench):
     known = np.concatenate([train.manifest.patients, val.manifest.patients])
     if shared := int(np.isin(test.manifest.patients, known).sum()):
         bench.notes.append(f"fine-tune: {shared} test studies are of train or val patients")
+    # ASSUMPTION: FT10 is 10 % of the training patients, with all their studies.
     patients = np.random.default_rng(opt.seed).permutation(np.unique(train.manifest.patients))
     chosen = {share: np.flatnonzero(np.isin(train.manifest.patients, patients[:max(1, round(
         share * len(patients)))])) for share in sorted(opt.fraction)}  # nested: 10 % is in 100 %
@@ -570,7 +571,8 @@ def cxr_align(bench):
     parts = {f"{task} {name}": np.where(names == name, wins[task], np.nan)
              for name in CONDITIONS if name in names for task in wins}
     return bench.measure(wins | {"swapped A": swapped} | parts, None, rows,
-                         row={"A": "A", "B": "B"}, chance={"A": 0.5, "B": 0.5},
+                         row={task: task for task in ("A", "swapped A", "B")},
+                         chance={"A": 0.5, "B": 0.5},
                          n_B=int((~np.isnan(wins["B"])).sum()),
                          conditions={name: int((names == name).sum()) for name in sorted({*names})})
 
@@ -605,6 +607,7 @@ def adversarial(bench):
 def normal_case(bench):
     """Sec. 5.5, Tab. 3: a normal image's own report must rank before N abnormal reports."""
     rows = np.array([i for i in np.flatnonzero(bench.normal == 1) if bench.reports[i]], int)
+    # ASSUMPTION: the normal report is the study's own, the abnormal ones all that there are.
     own, least = [bench.reports[i] for i in rows], max(1, bench.opt.pool)
     pool = sorted({bench.reports[i] for i in np.flatnonzero(bench.normal == 0)} - {*own, ""})
     if not own or len(pool) < least:
@@ -674,13 +677,15 @@ def table(results):
     return "\n".join(lines[1:])
 
 
-def details(result):
-    """Every metric in percent (ranks aside) with its 95 % interval and chance."""
+def details(result, hidden=()):
+    """Metrics in percent (ranks aside), 95 % interval, chance; not those whose name ends so."""
     lines = []
     for task, entry in result["tasks"].items():
         more = [f", {key} {entry[key]}" for key in ("candidates", "pool", "pairs") if key in entry]
         lines.append(f"{task}: {entry['n']} items of {entry['patients']} patients{''.join(more)}")
         for name, metric in entry["metrics"].items():
+            if name.endswith(hidden):
+                continue
             scale = 1 if "rank" in name else 100
             value, low, high = (scale * x for x in (metric["value"], *metric["interval"]))
             chance = "" if metric["chance"] is None else f"  chance {100 * metric['chance']:.3g}"
@@ -703,58 +708,56 @@ def canvas(width, height, title):
 
 
 def draw_roc(scores, truth, classes):
-    """ROC curves of (n, K) scores; classes with both labels, the best first."""
-    image, draw, write = canvas(860, 560, "Zero-shot ROC")
-    for k in range(6):
-        at = 88 * k
-        draw.line((70 + at, 50, 70 + at, 490), "#dddddd")
-        draw.line((70, 490 - at, 510, 490 - at), "#dddddd")
-        write(70 + at, 505, f"{k / 5:.1f}", "mm")
-        write(62, 490 - at, f"{k / 5:.1f}", "rm")
-    draw.line((70, 490, 510, 50), "#999999")
-    write(290, 535, "1 - specificity", "mm")
-    write(70, 38, "sensitivity")
+    """ROC curves of (n, K) scores: a panel for each class with both labels, the best first."""
     area = {k: auroc(scores[:, k], truth[:, k]) for k in range(len(classes))}
     shown = sorted((k for k in area if area[k] == area[k]), key=lambda k: -area[k])
+    image, draw, write = canvas(890, 60 + 235 * -(-len(shown) // 4), "Zero-shot ROC: sensitivity "
+                                "over 1 - specificity, both from 0 to 1")
     for place, k in enumerate(shown):
+        left, bottom = 30 + 215 * (place % 4), 255 + 235 * (place // 4)
+        draw.rectangle((left, bottom - 180, left + 180, bottom), outline="#999999")
+        draw.line((left, bottom, left + 180, bottom - 180), "#cccccc")
         s, t = scores[:, k], truth[:, k]
         cuts = np.concatenate([[np.inf], np.unique(s)[::-1]])  # tied scores share one point
         tpr, fpr = ([(s[t == v] >= cut).mean() for cut in cuts] for v in (1, 0))
-        color = f"hsl({360 * place // len(shown)}, 80%, {35 + 15 * (place % 2)}%)"
-        draw.line([(70 + 440 * x, 490 - 440 * y) for x, y in zip(fpr, tpr, strict=True)], color, 2)
-        draw.rectangle((530, 62 + 24 * place, 550, 70 + 24 * place), color)
-        write(558, 66 + 24 * place, f"{classes[k]}  {area[k]:.3f} (n+ {int((t == 1).sum())})")
+        points = [(left + 180 * x, bottom - 180 * y) for x, y in zip(fpr, tpr, strict=True)]
+        draw.line(points, "#3b6fb6", 2)
+        write(left + 90, bottom - 192, classes[k], "mm", 13)
+        write(left + 174, bottom - 14, f"{area[k]:.3f}, {int((t == 1).sum())} positive", "rm", 13)
     return image
 
 
-def draw_align(metrics):
-    """CXR-Align accuracy A and B, overall and by condition, with 95 % intervals and chance."""
-    names = ["", *(name[2:] for name in metrics if name.startswith("A "))]
-    bottom = 60 + 46 * len(names)
+def draw_align(result):
+    """CXR-Align accuracies, overall and by condition, with 95 % intervals, n and chance."""
+    rows = [("all", "", result["n"])]
+    rows += [(name, f" {name}", n) for name, n in result["conditions"].items()]
+    bottom = 60 + 50 * len(rows)
     image, draw, write = canvas(860, bottom + 50, "CXR-Align accuracy, percent")
     for k in range(0, 101, 25):
-        draw.line((260 + 5 * k, 50, 260 + 5 * k, bottom), "black" if k == 50 else "#dddddd")
-        write(260 + 5 * k, bottom + 14, k, "mm")
-    write(510, bottom + 34, "blue: A, r over r^n; orange: B, r over r^r; line at 50: chance", "mm")
-    for place, name in enumerate(names):
-        write(250, 74 + 46 * place, name or "all", "rm")
-        for task, color, y in (("A", "#3b6fb6", 58), ("B", "#e08a2e", 75)):
-            metric = metrics[f"{task} {name}".strip()]
-            value, low, high = (260 + 500 * x for x in (metric["value"], *metric["interval"]))
-            y += 46 * place
+        draw.line((310 + 4.5 * k, 50, 310 + 4.5 * k, bottom), "black" if k == 50 else "#dddddd")
+        write(310 + 4.5 * k, bottom + 14, k, "mm")
+    write(430, bottom + 36, "blue A: r over r^n; orange B: r over r^r; grey: A with an image "
+          "without the finding; line: chance", "mm", 14)
+    for place, (name, suffix, n) in enumerate(rows):
+        write(300, 78 + 50 * place, f"{name} (n {n})", "rm")
+        bars = (("A", "#3b6fb6"), ("B", "#e08a2e"), ("swapped A", "#999999"))
+        for k, (task, color) in enumerate(bars[:2 if suffix else 3]):
+            metric, y = result["metrics"][task + suffix], 58 + 50 * place + 15 * k
+            value, low, high = (310 + 450 * x for x in (metric["value"], *metric["interval"]))
             if value == value:
-                draw.rectangle((260, y, value, y + 15), color)
-                draw.line((low, y + 7, high, y + 7), "black", 2)
-                write(high + 8, y + 8, f"{100 * metric['value']:.1f}", size=13)
+                draw.rectangle((310, y, value, y + 12), color)
+                draw.line((low, y + 6, high, y + 6), "black", 2)
+                write(high + 8, y + 6, f"{100 * metric['value']:.1f}", size=13)
     return image
 
 
 def draw_soft_labels(bench, thresholds, count=12):
-    """y_t, y_c, y_g (Sec. 4.2, 4.3) of studies with hard negatives: reports, then negatives."""
-    records = [bench.manifest[i] for i, *_ in bench.triples[:count]]
-    sides = records + [record["hard_negatives"][0] for record in records]
-    streams = {"text": bench.texts([side["report"] for side in sides]), "clinical": torch.tensor(
-        np.stack([label_vector(side.get("labels") or {}) for side in sides]))}  # (2B, D), (2B, 14)
+    """y_hat of t, c and g (Fig. 3) of the first studies: reports, then their hard negatives."""
+    records = [bench.manifest[i] for i in range(min(count, len(bench.manifest)))]
+    sides = records + [r["hard_negatives"][0] for r in records if r.get("hard_negatives")]
+    streams = {"text": bench.texts([side.get("report") or "" for side in sides]),
+               "clinical": torch.tensor(np.stack([label_vector(side.get("labels") or {})
+                                                  for side in sides]))}        # (m, D), (m, 14)
     if hasattr(bench.model, "gcn") and all("graph" in side for side in sides):
         with torch.inference_mode():
             streams["graph"] = bench.model.encode_graph([side["graph"] for side in sides]).cpu()
@@ -762,12 +765,13 @@ def draw_soft_labels(bench, thresholds, count=12):
                                  "studies and, from the red lines on, of their hard negatives")
     for place, (name, x) in enumerate(streams.items()):
         x, left = F.normalize(x, dim=1), 40 + 400 * place
-        y = soft_labels(x @ x.T, thresholds[name])                             # (2B, 2B)
+        y = soft_labels(x @ x.T, thresholds[name])                             # (m, m)
         shade = Image.fromarray((255 * (1 - y.sqrt())).to(torch.uint8).numpy())
         image.paste(shade.resize((360, 360), Image.Resampling.NEAREST), (left, 70))
         draw.rectangle((left, 70, left + 360, 430), outline="black")
-        draw.line((left, 250, left + 360, 250), "red")
-        draw.line((left + 180, 70, left + 180, 430), "red")
+        cut = 360 * len(records) / len(sides)
+        draw.line((left, 70 + cut, left + 360, 70 + cut), "red")
+        draw.line((left + cut, 70, left + cut, 430), "red")
         positives = float(torch.special.entr(y).sum(1).exp().mean())
         write(left, 55, f"y_{name[0]}: {name}, tau {thresholds[name]:g}")
         write(left, 448, f"{positives:.1f} effective positives a row")
@@ -795,20 +799,20 @@ def draw_retrieval(bench, count=4):
 def save_figures(bench, tasks, run, folder, show_reports):
     """Draw what the tasks measured and left behind, as PNG files."""
     pictures, config = {}, Path(run) / "config.json"
-    if bench.triples:
-        flags = json.loads(config.read_bytes()).get("flags", {}) if config.is_file() else {}
-        taus = DynamicSoftContrastiveLoss().thresholds.items()  # the defaults, for other models
-        pictures["soft-labels"] = draw_soft_labels(
-            bench, {name: flags.get(f"tau_{name}", tau) for name, tau in taus})
+    flags = json.loads(config.read_bytes()).get("flags", {}) if config.is_file() else {}
+    taus = DynamicSoftContrastiveLoss().thresholds.items()  # the defaults, for other models
+    pictures["soft-labels"] = draw_soft_labels(
+        bench, {name: flags.get(f"tau_{name}", tau) for name, tau in taus})
     if "zero-shot" in tasks:
         pictures["roc"] = draw_roc(*bench.curves)
     if "cxr-align" in tasks:
-        pictures["cxr-align"] = draw_align(tasks["cxr-align"]["metrics"])
+        pictures["cxr-align"] = draw_align(tasks["cxr-align"])
     if show_reports and "retrieval" in tasks:
         pictures["retrieval"] = draw_retrieval(bench)
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
         picture.save(Path(folder) / f"{name}.png")
+        print(f"wrote {Path(folder) / name}.png")
 
 
 # ---- the command line
@@ -870,8 +874,10 @@ def parse_args(words):
         parser.error("expected RUN and --data X.jsonl, or --compare A.json B.json ...")
     if not all(0 < share <= 1 for share in args.fraction):
         parser.error("--fraction: expected shares above 0, up to 1")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
-        parser.error(f"--device: expected cpu, cuda or cuda:N, got {args.device!r}")
+    devices = ["cpu", *["cuda"] * torch.cuda.is_available(),
+               *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
+    if args.device not in devices:
+        parser.error(f"--device: expected one of {', '.join(devices)}, got {args.device!r}")
     if args.out and not Path(args.out).parent.is_dir():  # before hours of work, not after
         parser.error(f"--out {args.out}: expected a folder that exists")
     return args
@@ -923,8 +929,11 @@ def main(argv=None):
 
 def finish(bench, result, args):
     """Print, draw and write a result."""
-    notes = [f"note: {note}" for note in bench.notes]
-    print(details(result), *notes, "", table([result]), sep="\n")
+    notes, classes = [f"note: {note}" for note in bench.notes], {*CONDITIONS, *bench.classes}
+    short = args.task == "all"
+    notes += ["note: values by class are in the result file, and printed by each task"] * short
+    print(details(result, tuple(f" {name}" for name in classes) if short else ()), *notes, "",
+          table([result]), sep="\n")
     run, out = Path(args.run), args.out
     if not out and any((run / name).is_file() for name in ("best.pt", "last.pt")):
         out = run / f"results-{args.task}-{bench.set}-{args.split}.json"

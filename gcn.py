@@ -116,7 +116,7 @@ def normalized_adjacency(edge_index: torch.Tensor, num_nodes: int) -> torch.Tens
     edge_index: (2, E) int64, undirected edges given once; an edge given twice, in either direction,
         counts once, since A is 0 or 1.
     num_nodes: V; nodes without an edge keep themselves (A_hat[i, i] = 1).
-    Returns (V, V); `GCN` does the same for a whole batch. Source: Kipf & Welling (2017), Eq. 2.
+    Returns (V, V); `GCN` does the same for a whole batch. Source: Kipf & Welling (2017).
     """
     a = torch.zeros(num_nodes, num_nodes, device=edge_index.device)                # (V, V)
     a[edge_index[0], edge_index[1]] = 1

@@ -232,7 +232,7 @@ class ClinicalCLIP(nn.Module):
     def transform(self, image) -> torch.Tensor:
         """A PIL image as uint8 pixels (1, image_size, image_size); encode_image normalises them."""
         from torchvision.transforms.v2.functional import pil_to_tensor
-        # ASSUMPTION: an image is squashed to the square, which keeps its borders.
+        # ASSUMPTION: an image is squashed to the square, so that neither lung's edge is cut off.
         side = (self.image_size, self.image_size)
         return pil_to_tensor(image.convert("L").resize(side, resample=2))  # 2 is bilinear
 
@@ -280,7 +280,7 @@ class ClinicalCLIP(nn.Module):
 
     @torch.no_grad()
     def _phrase(self, phrase: str) -> torch.Tensor:
-        """The mean of a phrase's hidden states, (H,), from the frozen encoder; computed once.
+        """Sec. 4.3: the mean of a phrase's hidden states, (H,), frozen encoder, computed once.
 
         One phrase at a time: its vector must not depend on the company of a batch, or a resumed
         run and a run on other ranks would differ in the last bits.
@@ -295,7 +295,7 @@ class ClinicalCLIP(nn.Module):
         return self._phrases[phrase]
 
     def forward(self, batch: dict) -> dict:
-        """Embed a batch: the arguments of loss.DynamicSoftContrastiveLoss but the labels.
+        """Fig. 3's encoders: the arguments of loss.DynamicSoftContrastiveLoss but the labels.
 
         batch: "pixels", "text" and, where the system has them, "hard_text", "graph", "hard_graph".
         Returns image, text, ... (B, D) and logit_scale, the scalar 1/temperature.
@@ -310,7 +310,8 @@ class ClinicalCLIP(nn.Module):
 
     @torch.no_grad()
     def clamp_temperature(self):
-        """Keep 1/temperature in [1, 100], CLIP's bounds; call it after each optimiser step."""
+        """To be called after each optimiser step."""
+        # ASSUMPTION: the temperature of Eq. 1, Eq. 2 is learned; its inverse stays in [1, 100].
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
     def save_tokenizer(self, folder: Path):

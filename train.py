@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import GlobalBatches, Manifest, Studies, make_phantom
+from data import GlobalBatches, Manifest, Studies, check_images, make_phantom
 from evaluate import provenance, validate
 from loss import DynamicSoftContrastiveLoss, SoftCLIPLoss
 from model import ClinicalCLIP, export_model, load_checkpoint, load_model
@@ -85,7 +85,8 @@ def parse_args(argv=None):
             "more studies, and collapses where all similarities are high")
     add("--row-chunk", type=minimum(1),
         help="evaluate the loss that many rows at a time, to save memory")
-    # ASSUMPTION: optimiser, schedule and batch size are CXR-CLIP's; tiny encoders get lr 1e-3.
+    # ASSUMPTION: AdamW's rate, schedule, epochs, batch are CXR-CLIP's; tiny encoders get lr 1e-3.
+    # DIFFERS from CXR-CLIP: gradients are clipped, norms, biases, temperature do not decay.
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=minimum(1), default=15, help="passes over the training rows")
     add("--max-steps", type=minimum(1), help="stop early; the rate still follows --epochs")
@@ -295,6 +296,7 @@ class Run:
 
     def validate(self, val_rows):
         """Zero-shot AUROC and retrieval on the val rows; best.pt keeps the best, never the loss."""
+        # ASSUMPTION: the model to evaluate is best.pt, the best zero-shot AUROC in validation.
         step = self.state["step"]
         self.save()  # a signal during validation loses nothing
         self.state["validated"] = step
@@ -402,7 +404,7 @@ def build_loss(args):
 
 
 def forward_backward(model, criterion, batches, autocast, seed):
-    """Gradients of the loss of all micro-batches together. Returns the loss's dict.
+    """Fig. 3, a step: gradients of the loss of all micro-batches together, and the loss's dict.
 
     One micro-batch: the plain way. Several: embed all without gradients, take the loss's gradient
     with respect to the embeddings, then replay each micro-batch with the same random state and send
@@ -510,7 +512,7 @@ def train(run, model, criterion, batches, studies, val_rows, epoch_steps, total)
                      "data_wait": waited / took, "memory_mb": memory_mb(device)})
             run.warn_of_collapse(values, columns, warned)
             bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False,
-                            positives=f"{values['positives_text']:.1f}")
+                            text_positives=f"{values['positives_text']:.1f}/{columns}")
             bar.update()
             if state["skipped_in_a_row"] == MAX_SKIPPED:
                 run.stop_for_bad_numbers(values, micro)
@@ -540,6 +542,8 @@ def main(argv=None):
     if not len(val_rows) and rank == 0:
         print(f"warning: {val_rows.path} has no row of split val: nothing is validated and there "
               "will be no best.pt", file=sys.stderr)
+    workers = args.workers if len(val_rows) > 1000 else 0
+    on_rank_0(lambda: check_images(val_rows, workers), rank, world)  # not after an epoch
 
     negatives, graphs, _ = SYSTEMS[args.system]
     check_rows(args, train_rows, ("report", "labels", "graph") if graphs else ("report", "labels"))
