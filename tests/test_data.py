@@ -493,6 +493,23 @@ def test_chexpert5x200_and_cxr_align_are_test_sets(tmp_path):
         one["patient"] == "10000032" and one["hard_negatives"][0]["condition"] == "Pleural Effusion"
     )
     assert one["hard_negatives"][0]["report"] == "Big heart. No effusion."
+    assert one["labels"] == {"Pleural Effusion": 1}  # by rule, for "swapped A"
+    write(tmp_path / "list/cxr-align.json", "[1]")
+    with pytest.raises(ValueError, match="cxr-align.json: expected an object of sources"):
+        main(["cxr-align", str(tmp_path / "list"), "--out", str(tmp_path / "x.jsonl")])
+
+
+def test_a_linked_folder_is_found_and_read_by_its_own_name(tmp_path):
+    (tmp_path / "links").mkdir()
+    for path in openi_kaggle(tmp_path / "official").iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    out = tmp_path / "x.jsonl"
+    main(["openi", str(tmp_path / "links"), "--out", str(out)])
+    with pytest.raises(ValueError, match="links lead to them, name their own folder by --image-ro"):
+        main(["cache", str(out), "--out", str(tmp_path / "c")])
+    root = str(tmp_path / "official")
+    main(["cache", str(out), "--out", str(tmp_path / "c"), "--image-root", root, "--workers", "0"])
+    assert len(Manifest(tmp_path / "c/x.jsonl")) == 3
 
 
 @pytest.mark.parametrize(

@@ -492,6 +492,17 @@ def test_unreadable_images_are_replaced_and_reported_by_row(phantom, tmp_path, c
     assert "epoch 0: 2 unreadable images were replaced; training rows [3, 5]" in err
 
 
+def test_an_unreadable_validation_image_stops_the_run_before_it_begins(phantom, tmp_path):
+    path, _ = copy_phantom(phantom, tmp_path / "data")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    line, image = next((n, r["image"]) for n, r in enumerate(records, 1) if r["split"] == "val")
+    (tmp_path / "data" / image).write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match=f"copy.jsonl:{line}: expected an intact") as caught:
+        run(path, tmp_path / "run")
+    assert image not in str(caught.value)  # a file's name may hold a patient's number
+    assert not (tmp_path / "run").exists()
+
+
 def test_too_many_unreadable_images_stop_the_run(phantom, tmp_path):
     path, images = copy_phantom(phantom, tmp_path / "data")
     for image in images[::4]:
@@ -552,6 +563,8 @@ def test_an_existing_run_folder_is_never_overwritten(phantom, tmp_path):
     (["--train", "nothing.jsonl"], "nothing.jsonl"),
     (["--train", "bad.jsonl"], "bad.jsonl:2: expected"),
     (["--train", "raw.jsonl", "--batch-size", "2"], "raw.jsonl:1: expected labels and graph for"),
+    (["--train", "mute.jsonl", "--batch-size", "2", "--system", "clip-n"],
+     "mute.jsonl: expected hard_negatives to train with"),
     (["--train", "raw.jsonl"], "raw.jsonl: expected at least --batch-size 128 rows of split train"),
     (["--tau-text", "1", "--batch-size", "12"], "thresholds: expected numbers in [0, 1)"),
     (["--system", "clip-x"], "invalid choice: 'clip-x'"),
@@ -569,6 +582,8 @@ def test_a_mistake_is_one_clear_line_and_exit_status_2(flags, message, phantom, 
     from negations import run_main
     raw = '{"id": "a/%d", "image": "a.png", "split": "train", "report": "Clear."}\n'
     (tmp_path / "raw.jsonl").write_text("".join(raw % k for k in range(4)))
+    labelled = raw[:-2] + ', "labels": {"Edema": 1}}\n'
+    (tmp_path / "mute.jsonl").write_text("".join(labelled % k for k in range(4)))
     (tmp_path / "bad.jsonl").write_text('{"id": "a/1", "image": "a.png"}\n{"id": \n')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", "--train", str(phantom), *flags])
