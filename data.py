@@ -4,7 +4,7 @@
     python data.py check X.jsonl              validates lines and images; Tab. 1 for any corpus
     python data.py cache X.jsonl --out DIR    resized copies and a manifest that points to them
 
-In this order: images, manifest, batches, phantom, builders (one per data set), check and cache.
+In this order: images, manifest, batches, builders (one per data set), phantom, check and cache.
 Symbols: B rows of one rank's batch, N = world x B, S the image side in pixels.
 
 SPDX-License-Identifier: MIT
@@ -405,6 +405,483 @@ class GlobalBatches:
             yield [(self.epoch, int(i)) for i in order[first:first + self.share]]
 
 
+# ---------------------------------------------------------------- builders: what they share
+
+
+class Download:
+    """A set's official files, found by relative path or by name; no image is ever opened."""
+
+    SUFFIXES = (".png", ".jpg", ".jpeg", *DICOM)
+
+    def __init__(self, root):
+        self.root, self.stems = Path(root), None
+
+    def file(self, *names, required=True):
+        """The first of these files, plain or .gz, in root or one folder below; else ValueError."""
+        for name in names:
+            for pattern in (name, f"{name}.gz", f"*/{name}", f"*/{name}.gz"):
+                for hit in sorted(self.root.glob(pattern)):
+                    return hit
+        expect(not required, self.root, f"the file {' or '.join(names)} (or .gz)")
+
+    def table(self, names, *columns):
+        """Rows of a CSV ("A|B": the first that is there) as ("FILE:LINE", dict), stripped."""
+        path, line = self.file(*names.split("|")), 1
+        csv.field_size_limit(1 << 27)
+        try:
+            opener = gzip.open if path.suffix == ".gz" else open
+            with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+                rows = csv.reader(file)
+                header = [name.strip() for name in next(rows, [])]
+                right = set(columns) <= set(header)
+                expect(right, f"{path}:1", f"the columns {', '.join(columns)}")
+                for row in filter(None, rows):
+                    line = rows.line_num
+                    right = len(row) >= len(header) and not any(row[len(header):])
+                    expect(right, f"{path}:{line}", f"{len(header)} fields")
+                    yield f"{path}:{line}", dict(zip(header, map(str.strip, row), strict=False))
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}:{line}: expected UTF-8 after this line") from None
+        except (csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path}:{line}: expected a complete CSV file ({error})") from None
+
+    def path(self, *candidates):
+        """The first of these relative paths that is there, in any format, else None."""
+        for path in map(Path, candidates):
+            for suffix in (path.suffix, *self.SUFFIXES):
+                if (self.root / path.with_suffix(suffix)).is_file():
+                    return path.with_suffix(suffix).as_posix()
+        return None
+
+    def name(self, name):
+        """The relative path of the file of this name, in any format (DICOM last), or None."""
+        if self.stems is None:
+            files = (Path(folder, f) for folder, _, files in os.walk(self.root, followlinks=True)
+                     for f in files)
+            files = [path for path in files if path.suffix.lower() in self.SUFFIXES]
+            files.sort(key=lambda path: (path.suffix.lower() in DICOM, path), reverse=True)
+            self.stems = {stem(path): path.relative_to(self.root).as_posix() for path in files}
+        return self.stems.get(stem(name))
+
+
+def stem(path):
+    """File name without endings; OpenI's CXR2_IM-1.png and 2_IM-1.dcm.png are one image."""
+    name = re.sub(r"(\.(dcm|dicom|png|jpe?g))+$", "", os.path.basename(path), flags=re.IGNORECASE)
+    return re.sub(r"^CXR(\d+_)?(?=\d+_IM)", "", name)
+
+
+def study(name, official, image, patient, split, **fields):
+    """A record with "study" in place of "id"; image is None if the official one is not there."""
+    fields = {key: value for key, value in fields.items() if value is not None}
+    return {"study": name, "image": image or official, "there": image is not None,
+            "patient": patient, "split": split} | fields
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError:
+        raise ValueError(f"{path}:1: expected one JSON document in UTF-8") from None
+
+
+VALUES = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": -1, "-1.0": -1, "": None, "none": None,
+          "nan": None}
+CLASS_NAMES = ({name.lower(): name for name in CONDITIONS}
+               | {"effusion": "Pleural Effusion", "normal": "No Finding"})
+
+
+def label(where, value):
+    """1, 0, -1, or None if blank."""
+    value = str(value).strip().lower()
+    expect(value in VALUES, where, "a label 1, 0, -1 or blank")
+    return VALUES[value]
+
+
+def conditions_of(where, row):
+    """CheXpert's 14 columns -> labels by name, blanks left out."""
+    values = {name: label(where, row.get(name, "")) for name in CONDITIONS}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def class_name(name):
+    """A set's class by its CheXpert name where one exists, else its own with spaces."""
+    name = name.replace("_", " ").strip()
+    return CLASS_NAMES.get(name.lower(), name)
+
+
+def join_text(*sections):
+    return " ".join(" ".join(text or "" for text in sections).split())
+
+
+def permuted(items, share):
+    """scikit-learn's train_test_split(items, test_size=share, random_state=0) -> rest, first."""
+    order = np.random.RandomState(0).permutation(len(items))  # noqa: NPY002 (published splits)
+    first = -int(-len(items) * share // 1)
+    return [items[k] for k in order[first:]], [items[k] for k in order[:first]]
+
+
+def glorias_split(items):
+    """GLoRIA's 70/15/15 split of each item, in order (the first half of the rest is test)."""
+    train, rest = permuted(range(len(items)), 0.3)
+    test, val = permuted(rest, 0.5)
+    part = dict.fromkeys(train, "train") | dict.fromkeys(val, "val") | dict.fromkeys(test, "test")
+    return [part[k] for k in range(len(items))]
+
+
+def write_manifest(name, records, root, out, keep_missing=False):
+    """Writes the records that have an image (or all) -> the summary; a str says what is skipped."""
+    root, seen, patients = Path(root).resolve(), set(), {}
+    counts, skipped = Counter(), Counter()
+    missing = f"image not there ({'kept' if keep_missing else 'left out'})"
+    with open_atomic(out) as file:
+        for record in tqdm(records, name, unit=" studies", disable=None):
+            if isinstance(record, str):
+                skipped[f"skipped: {record}"] += 1
+                continue
+            key = record.pop("study")
+            identity = f"{name}/{key}/{stem(record['image'])}" if key in seen else f"{name}/{key}"
+            seen.add(key)
+            there = record.pop("there", True)
+            counts[missing] += not there
+            if there or keep_missing:
+                counts.update(("studies", record["split"]))
+                patients.setdefault(record["patient"], set()).add(record["split"])
+                line = {"id": identity, "root": str(root), **record}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        expect(counts["studies"] or counts[missing], root, f"studies of {name} here, none is left "
+               f"{dict(skipped) or ''}")
+        expect(counts["studies"], root, f"the images of {name} here, {counts[missing]} are missing "
+               f"(--keep-missing keeps such studies) {dict(skipped) or ''}")
+    shared = sum(len(splits) > 1 for splits in patients.values())
+    return aligned({key: counts[key] for key in ("studies", *SPLITS, missing)}
+                   | {"patients": len(patients), "patients in two splits": shared} | skipped)
+
+
+def aligned(rows):
+    width = max(map(len, rows))
+    return "\n".join(f"  {name:<{width}}  {n:>9,}" for name, n in rows.items())
+
+
+# ---------------------------------------------------------------- builders, one a set (Sec. 5.1)
+
+MESH = {"Pulmonary Atelectasis": "Atelectasis", "Cardiomegaly": "Cardiomegaly", "Mass": "Mass",
+        "Pleural Effusion": "Pleural Effusion", "Infiltrate": "Infiltration", "Nodule": "Nodule",
+        "Pneumonia": "Pneumonia", "Pneumothorax": "Pneumothorax", "Consolidation": "Consolidation",
+        "Pulmonary Edema": "Edema", "Emphysema": "Emphysema", "Pulmonary Emphysema": "Emphysema",
+        "Bullous Emphysema": "Emphysema", "Pulmonary Fibrosis": "Fibrosis", "Fibrosis": "Fibrosis",
+        "Thickening/pleura": "Pleural Thickening", "Hernia, Hiatal": "Hernia",
+        "normal": "No Finding"}
+
+
+def build_openi(official, args):
+    """OpenI: Kaggle's two tables, else the official XML; targets from the human MeSH indexing"""
+    kaggle = official.file("indiana_reports.csv", required=False)
+    for uid, names, report, mesh in (_openi_kaggle if kaggle else _openi_xml)(official):
+        if not names or not report:
+            yield "neither findings nor impression" if names else "no frontal image listed"
+            continue
+        parts = [tag.strip().split("/") for tag in mesh]
+        found = {MESH.get("/".join(part[:k])) for part in parts for k in (1, 2)}
+        indexed = ["No Indexing"] not in parts  # else nobody looked for findings
+        targets = {name: int(name in found) for name in MESH.values()} if indexed else None
+        for name in names:
+            yield study(uid, name, official.name(name), uid, split_of(uid), report=report,
+                        targets=targets)
+
+
+def _openi_kaggle(official):
+    frontal = {}
+    for where, row in official.table("indiana_projections.csv", "uid", "filename", "projection"):
+        expect(row["projection"] in ("Frontal", "Lateral"), where, "projection Frontal or Lateral")
+        if row["projection"] == "Frontal":
+            frontal.setdefault(row["uid"], []).append(f"images/{row['filename']}")
+    for _, row in official.table("indiana_reports.csv", "uid", "MeSH", "findings", "impression"):
+        report = join_text(row["findings"], row["impression"])
+        yield row["uid"], frontal.get(row["uid"], []), report, row["MeSH"].split(";")
+
+
+def _openi_xml(official):
+    for name, data in _openi_files(official):
+        tree = parse_xml(name, data)
+        text = {node.get("Label"): node.text for node in tree.iter("AbstractText")}
+        names = [f"{node.get('id')}.png" for node in tree.iter("parentImage")]
+        uid = tree.find("uId[@id]")
+        expect(uid is not None, name, "a uId with an id")
+        yield (uid.get("id").removeprefix("CXR"), names[:1],  # the view is unknown: the first image
+               join_text(text.get("FINDINGS"), text.get("IMPRESSION")),
+               [node.text or "" for node in tree.iterfind("MeSH/major")])
+
+
+def _openi_files(official):
+    files = [*official.root.glob("ecgen-radiology/*.xml")] or [*official.root.glob("*.xml")]
+    for path in sorted(files, key=lambda path: (len(path.stem), path.stem)):
+        with open(path, "rb") as file:
+            yield str(path), file.read(MAX_XML_BYTES + 1)
+    if files:
+        return
+    archive = official.file("NLMCXR_reports.tgz")
+    try:
+        with tarfile.open(archive) as tar:
+            for member in (m for m in tar if m.isfile() and m.name.endswith(".xml")):
+                data = tar.extractfile(member).read(MAX_XML_BYTES + 1)
+                yield f"{archive}:{member.name}", data
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(f"{archive}: expected a complete archive ({error})") from None
+
+
+class NoDoctype(TreeBuilder):
+    """Entities, which may grow without bound or name local files, need a DOCTYPE."""
+
+    def doctype(self, *_):
+        raise ParseError("DOCTYPE")
+
+
+def parse_xml(name, data):
+    """XML bytes -> root; a DOCTYPE, more than MAX_XML_BYTES and broken XML are a ValueError."""
+    expect(len(data) <= MAX_XML_BYTES, name, f"at most {MAX_XML_BYTES} bytes of XML")
+    try:
+        return XML(data, XMLParser(target=NoDoctype()))
+    except (ParseError, LookupError, ValueError) as error:  # the last two: unknown encodings
+        raise ValueError(f"{name}: expected well-formed XML without DOCTYPE ({error})") from None
+
+
+HEADING = re.compile(r"^[ \t]*([A-Z][A-Z ()/,-]+):(?=\s)", re.MULTILINE)  # of a MIMIC-CXR report
+
+
+def parse_report(text):
+    """The findings and the impression of a MIMIC-CXR report, "" where there is no such section."""
+    parts = HEADING.split(text)[1:]
+    sections = list(zip(parts[::2], parts[1::2], strict=True))
+    return [join_text(*(body for heading, body in sections if heading.startswith(names)))
+            for names in (("FINDING",), ("IMPRESSION", "CONCLUSION"))]
+
+
+def build_mimic(official, args):
+    """MIMIC-CXR-JPG with MIMIC-CXR's reports (files/pNN/PATIENT/STUDY.txt); frontal views"""
+    splits = {row["dicom_id"]: row["split"].replace("validate", "val")
+              for _, row in official.table("mimic-cxr-2.*-split.csv", "dicom_id", "split")}
+    tables = official.table("mimic-cxr-2.*-chexpert.csv", "study_id", *CONDITIONS)
+    labels = {row["study_id"]: conditions_of(where, row) for where, row in tables}
+    columns = ("dicom_id", "subject_id", "study_id", "ViewPosition")
+    for where, row in official.table("mimic-cxr-2.*-metadata.csv", *columns):
+        name, subject, number, view = (row[column] for column in columns)
+        folder = f"files/p{subject[:2]}/p{subject}/s{number}"
+        if view not in ("PA", "AP"):
+            yield "view not PA or AP"
+            continue
+        expect(splits.get(name) in SPLITS, where, "its dicom_id in mimic-cxr-2.*-split.csv, "
+               "with split train, validate or test")
+        texts = (official.root / base / f"{folder}.txt" for base in ("", "mimic-cxr-reports"))
+        text = next(filter(Path.is_file, texts), None)
+        report = text and join_text(*parse_report(text.read_text("utf-8", "replace")))
+        if not report:
+            yield ("neither findings nor impression" if report is not None else
+                   "no report file files/pNN/PATIENT/STUDY.txt here or in mimic-cxr-reports")
+            continue
+        image = f"{folder}/{name}.jpg"
+        yield study(name, image, official.path(image), subject, splits[name], report=report,
+                    labels=labels.get(number, {}), study_id=number)
+
+
+def build_chexpert_plus(official, args):
+    """CheXpert Plus: its CSV, CheXbert labels and RadGraph-XL graphs; frontal views"""
+    files = (official.file(f"chexbert_labels/{part}_fixed.json", required=False)
+             for part in ("findings", "impression"))
+    labels = [{row["path_to_image"]: conditions_of(f"{file}:{line}", row)
+               for line, row in read_jsonl(file)} for file in files if file]
+    columns = ("path_to_image", "frontal_lateral", "deid_patient_id", "split")
+    parts = ("section_findings", "section_impression")
+    files = {part: official.file(f"radgraph-XL-annotations/{part}.json", required=False)
+             for part in parts}
+    graphs = {part: iter(read_json(file)) for part, file in files.items() if file}
+    for where, row in official.table("df_chexpert_plus_*.csv", *columns, *parts):
+        own = [next(graphs[part], None) for part in graphs  # only sections of two words have one
+               if len(row[part].split()) >= 2]
+        expect(None not in own, where, "a graph for each section, the list ends before")
+        path, view, patient, split = (row[column] for column in columns)
+        report = join_text(*(row[part] for part in parts))
+        if view != "Frontal" or not report:
+            yield "neither findings nor impression" if view == "Frontal" else "not frontal"
+            continue
+        found = merge_labels(*(table.get(path, {}) for table in labels)) if labels else None
+        yield study("/".join(path.split("/")[-3:-1]), path, official.path(path, f"PNG/{path}"),
+                    patient, split.replace("valid", "val"), report=report, labels=found,
+                    graph=merge_graphs(own) if own else None)
+    for part in graphs:
+        expect(next(graphs[part], None) is None, files[part], "one graph a section, got more")
+
+
+def merge_labels(*sections):
+    """Labels of a report from those of its sections: positive over uncertain over negative."""
+    order, both = (0, -1, 1), {}
+    for name, value in (item for labels in sections for item in labels.items()):
+        both[name] = max(both.get(name, 0), value, key=order.index)
+    if any(both.get(name) in (1, -1) for name in CONDITIONS[:-2]):  # support devices aside
+        both.pop("No Finding", None)
+    return both
+
+
+def merge_graphs(records):
+    """RadGraph records of consecutive sections -> one record."""
+    words, entities = [], {}
+    for record in (record.get("0", record) for record in records):
+        shift, start = len(entities), len(words)
+        for key, entity in record["entities"].items():
+            entities[str(int(key) + shift)] = entity | {
+                "start_ix": entity["start_ix"] + start, "end_ix": entity["end_ix"] + start,
+                "relations": [[kind, str(int(to) + shift)] for kind, to in entity["relations"]]}
+        words += record["text"].split(" ")
+    return {"text": " ".join(words), "entities": entities}
+
+
+def build_chexpert5x200(official, args):
+    """CheXpert 5x200: GLoRIA's chexpert_5x200.csv (it has no seed) beside CheXpert's images"""
+    names = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
+    tables = "chexpert_5x200.csv|chexpert_8x200.csv"
+    for where, row in official.table(tables, "Path", *names):
+        path, short = row["Path"], row["Path"].split("/", 1)[-1]
+        expect(path.count("/") > 2, where, "Path as CheXpert-v1.0/train/PATIENT/STUDY/IMAGE")
+        patient, number = path.split("/")[-3:-1]
+        there = official.path(path, short, f"CheXpert-v1.0/{short}", f"CheXpert-v1.0-small/{short}")
+        yield study(f"{patient}/{number}", path, there, patient, "test",
+                    targets={name: int(label(where, row[name]) == 1) for name in names},
+                    report=join_text(row.get("Report Impression")) or None)
+
+
+def build_rsna(official, args):
+    """RSNA pneumonia: stage 2 labels, GLoRIA's split; rsna-ab is without class Normal"""
+    found, classes = Counter(), {}
+    for where, row in official.table("stage_2_train_labels.csv", "patientId", "Target"):
+        found[row["patientId"]] |= label(where, row["Target"]) == 1
+    if args.command == "rsna-ab":
+        known = ("Normal", "No Lung Opacity / Not Normal", "Lung Opacity")
+        for where, row in official.table("stage_2_detailed_class_info.csv", "patientId", "class"):
+            expect(row["class"] in known, where, f"class {', '.join(known)}")
+            classes[row["patientId"]] = row["class"]
+    names = sorted(found)
+    for name, split in zip(names, glorias_split(names), strict=True):
+        yield "class Normal" if classes.get(name) == "Normal" else study(
+            name, f"stage_2_train_images/{name}.dcm", official.name(name), name, split,
+            targets={"Pneumonia": found[name]})
+
+
+def build_siim(official, args):
+    """SIIM pneumothorax: masks to labels, one line an image, GLoRIA's shares"""
+    rows, found = [], Counter()
+    tables = "train-rle.csv|stage_2_train.csv|*train-rle.csv"
+    for _, row in official.table(tables, "ImageId", "EncodedPixels"):
+        rows.append(row["ImageId"])
+        found[row["ImageId"]] |= row["EncodedPixels"] not in ("", "-1")
+    # DIFFERS from Sec. 5.1: SIIM is split by image, not by row, so that none leaks into test.
+    names = rows if args.glorias_rows else sorted(found)
+    for k, (name, split) in enumerate(zip(names, glorias_split(names), strict=True)):
+        yield study(f"{name}/{k}" if args.glorias_rows else name, f"dicom-images-train/{name}.dcm",
+                    official.name(name), name, split, targets={"Pneumothorax": found[name]})
+
+
+def build_vindr(official, args):
+    """VinDr-CXR: consensus for test, any reader for train; Kaggle's train.csv is split by hash"""
+    kaggle = not official.file("image_labels_test.csv", required=False)
+    mark = "class_name" if kaggle else "No finding"
+    for part in ("train",) if kaggle else ("train", "test"):
+        file = "train.csv" if kaggle else f"image_labels_{part}.csv"
+        found = _vindr_labels(official.table(file, "image_id", mark), kaggle)
+        names = sorted(found)
+        # ASSUMPTION: VinDr's val is CXR-CLIP's 20 % of the train images, drawn from the sorted ids.
+        val = set(permuted(names, 0.2)[1]) if part == "train" else ()
+        for name in names:
+            targets = found[name] | {"No Finding": int(not any(found[name].values()))}
+            split = split_of(name) if kaggle else "val" if name in val else part
+            yield study(name, f"{part}/{name}.dicom", official.name(name), name, split,
+                        targets=targets)
+
+
+def _vindr_labels(rows, kaggle):
+    """image id -> 0 or 1 of every finding: 1 if any reader marked it."""
+    found, classes = {}, {}
+    for where, row in rows:
+        own = found.setdefault(row.pop("image_id"), set())
+        marks = {row["class_name"]: 1} if kaggle else row
+        marks = {class_name(name): label(where, value) for name, value in marks.items()
+                 if name.lower() != "rad_id"}
+        own |= {name for name, value in marks.items() if value == 1}
+        classes |= marks
+    return {image: {name: int(name in own) for name in classes if name != "No Finding"}
+            for image, own in found.items()}
+
+
+CXR14 = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
+         "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening",
+         "Hernia", "No Finding")
+
+
+def build_cxr14(official, args):
+    """ChestX-ray14: Data_Entry_2017 with the official lists, else split by patient"""
+    pairs = probmed_pairs(args.probmed) if args.probmed else None
+    lists = [official.file(f"{name}_list.txt", required=False) for name in ("train_val", "test")]
+    known, test = (set(map(stem, f.read_text().split())) if f else set() for f in lists)
+    if not all(lists):
+        print("no train_val_list.txt and test_list.txt: split by patient, not the official split")
+    tables = "Data_Entry_2017_v2020.csv|Data_Entry_2017*.csv"
+    for where, row in official.table(tables, "Image Index", "Finding Labels", "Patient ID"):
+        own, patient = row["Finding Labels"].split("|"), row["Patient ID"]
+        name = stem(row["Image Index"])
+        expect(set(own) <= set(CXR14), where, f"Finding Labels out of {', '.join(CXR14)}")
+        right = name in known or name in test or not all(lists)
+        expect(right, where, "its image in one of the official lists")
+        if pairs is not None and name not in pairs:
+            yield "not among ProbMed's images"
+            continue
+        split = split_of(patient)
+        if all(lists):
+            split = "test" if name in test else "val" if split == "val" else "train"
+        yield study(name, f"images/{row['Image Index']}", official.name(name), patient, split,
+                    targets={class_name(c): int(c in own) for c in CXR14},
+                    **(pairs or {}).get(name, {}))
+
+
+def probmed_pairs(path):
+    """ProbMed's test.json -> per image its question pairs and the classes of its entity pairs."""
+    def asked_class(question):
+        text = question.lower().replace("_", " ")
+        hits = [name for name in CXR14 if name.lower().replace("_", " ") in text]
+        return class_name(max(hits, key=len)) if hits else None
+
+    asked, out = {}, {}
+    for k, item in enumerate(read_json(path)):
+        right = isinstance(item, dict) and {"image", "qa_type", "question"} <= item.keys()
+        expect(right, path, f"image, qa_type and question in entry {k}")
+        asked.setdefault(stem(item["image"]), {})[item["qa_type"]] = item["question"]
+    for image, own in asked.items():
+        pairs = {kind: (question, own[kind.replace("_gt", "_hallu")])
+                 for kind, question in own.items()
+                 if "_gt" in kind and kind.replace("_gt", "_hallu") in own}
+        classes = [[*map(asked_class, pairs[kind])] for kind in pairs if kind.startswith("entity")]
+        out[image] = {"questions": pairs, "adversarial": [pair for pair in classes if all(pair)]}
+    return out
+
+
+def build_cxr_align(official, args):
+    """CXR-Align's cxr-align.json (Sec. 3) beside its images"""
+    file = official.file("cxr-align.json")
+    sources = read_json(file)
+    right = isinstance(sources, dict) and all(isinstance(x, dict) for x in sources.values())
+    expect(right, file, "an object of sources, each an object of entries by image")
+    for source, items in sources.items():
+        for k, (name, item) in enumerate(items.items()):
+            expect(isinstance(item, dict), file, f"an object in {source}, entry {k}")
+            texts = [item.get(key) for key in ("report", "negation", "omitted")]
+            condition = CLASS_NAMES.get(str(item.get("chosen")).lower())
+            expect(condition and all(isinstance(text, str) for text in texts), file,
+                   f"chosen, report, negation and omitted in {source}, entry {k}")
+            path = official.name(name)
+            patient = re.search(r"/p(\d{8})/", path or "")  # in MIMIC-CXR-JPG's folders
+            negative = {"condition": condition, "omitted": texts[2], "report": texts[1],
+                        "position": item.get("location")}
+            yield study(name, f"images/{name}.jpg", path, patient[1] if patient else name, "test",
+                        report=texts[0], labels=label_report(texts[0]), hard_negatives=[negative])
+
+
 # ---------------------------------------------------------------- the phantom: drawings and reports
 
 NORMALS = {  # Tab. 1
@@ -675,483 +1152,6 @@ def make_phantom(folder, studies=3000, size=64, seed=0, normal_fraction=0.45, du
     return manifest
 
 
-# ---------------------------------------------------------------- builders: what they share
-
-
-class Download:
-    """A set's official files, found by relative path or by name; no image is ever opened."""
-
-    SUFFIXES = (".png", ".jpg", ".jpeg", *DICOM)
-
-    def __init__(self, root):
-        self.root, self.stems = Path(root), None
-
-    def file(self, *names, required=True):
-        """The first of these files, plain or .gz, in root or one folder below; else ValueError."""
-        for name in names:
-            for pattern in (name, f"{name}.gz", f"*/{name}", f"*/{name}.gz"):
-                for hit in sorted(self.root.glob(pattern)):
-                    return hit
-        expect(not required, self.root, f"the file {' or '.join(names)} (or .gz)")
-
-    def table(self, names, *columns):
-        """Rows of a CSV ("A|B": the first that is there) as ("FILE:LINE", dict), stripped."""
-        path, line = self.file(*names.split("|")), 1
-        csv.field_size_limit(1 << 27)
-        try:
-            opener = gzip.open if path.suffix == ".gz" else open
-            with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-                rows = csv.reader(file)
-                header = [name.strip() for name in next(rows, [])]
-                right = set(columns) <= set(header)
-                expect(right, f"{path}:1", f"the columns {', '.join(columns)}")
-                for row in filter(None, rows):
-                    line = rows.line_num
-                    right = len(row) >= len(header) and not any(row[len(header):])
-                    expect(right, f"{path}:{line}", f"{len(header)} fields")
-                    yield f"{path}:{line}", dict(zip(header, map(str.strip, row), strict=False))
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}:{line}: expected UTF-8 after this line") from None
-        except (csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path}:{line}: expected a complete CSV file ({error})") from None
-
-    def path(self, *candidates):
-        """The first of these relative paths that is there, in any format, else None."""
-        for path in map(Path, candidates):
-            for suffix in (path.suffix, *self.SUFFIXES):
-                if (self.root / path.with_suffix(suffix)).is_file():
-                    return path.with_suffix(suffix).as_posix()
-        return None
-
-    def name(self, name):
-        """The relative path of the file of this name, in any format (DICOM last), or None."""
-        if self.stems is None:
-            files = (Path(folder, f) for folder, _, files in os.walk(self.root, followlinks=True)
-                     for f in files)
-            files = [path for path in files if path.suffix.lower() in self.SUFFIXES]
-            files.sort(key=lambda path: (path.suffix.lower() in DICOM, path), reverse=True)
-            self.stems = {stem(path): path.relative_to(self.root).as_posix() for path in files}
-        return self.stems.get(stem(name))
-
-
-def stem(path):
-    """File name without endings; OpenI's CXR2_IM-1.png and 2_IM-1.dcm.png are one image."""
-    name = re.sub(r"(\.(dcm|dicom|png|jpe?g))+$", "", os.path.basename(path), flags=re.IGNORECASE)
-    return re.sub(r"^CXR(\d+_)?(?=\d+_IM)", "", name)
-
-
-def study(name, official, image, patient, split, **fields):
-    """A record with "study" in place of "id"; image is None if the official one is not there."""
-    fields = {key: value for key, value in fields.items() if value is not None}
-    return {"study": name, "image": image or official, "there": image is not None,
-            "patient": patient, "split": split} | fields
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_bytes())
-    except ValueError:
-        raise ValueError(f"{path}:1: expected one JSON document in UTF-8") from None
-
-
-VALUES = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": -1, "-1.0": -1, "": None, "none": None,
-          "nan": None}
-CLASS_NAMES = ({name.lower(): name for name in CONDITIONS}
-               | {"effusion": "Pleural Effusion", "normal": "No Finding"})
-
-
-def label(where, value):
-    """1, 0, -1, or None if blank."""
-    value = str(value).strip().lower()
-    expect(value in VALUES, where, "a label 1, 0, -1 or blank")
-    return VALUES[value]
-
-
-def conditions_of(where, row):
-    """CheXpert's 14 columns -> labels by name, blanks left out."""
-    values = {name: label(where, row.get(name, "")) for name in CONDITIONS}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def class_name(name):
-    """A set's class by its CheXpert name where one exists, else its own with spaces."""
-    name = name.replace("_", " ").strip()
-    return CLASS_NAMES.get(name.lower(), name)
-
-
-def join_text(*sections):
-    return " ".join(" ".join(text or "" for text in sections).split())
-
-
-def permuted(items, share):
-    """scikit-learn's train_test_split(items, test_size=share, random_state=0) -> rest, first."""
-    order = np.random.RandomState(0).permutation(len(items))  # noqa: NPY002 (published splits)
-    first = -int(-len(items) * share // 1)
-    return [items[k] for k in order[first:]], [items[k] for k in order[:first]]
-
-
-def glorias_split(items):
-    """GLoRIA's 70/15/15 split of each item, in order (the first half of the rest is test)."""
-    train, rest = permuted(range(len(items)), 0.3)
-    test, val = permuted(rest, 0.5)
-    part = dict.fromkeys(train, "train") | dict.fromkeys(val, "val") | dict.fromkeys(test, "test")
-    return [part[k] for k in range(len(items))]
-
-
-def write_manifest(name, records, root, out, keep_missing=False):
-    """Writes the records that have an image (or all) -> the summary; a str says what is skipped."""
-    root, seen, patients = Path(root).resolve(), set(), {}
-    counts, skipped = Counter(), Counter()
-    missing = f"image not there ({'kept' if keep_missing else 'left out'})"
-    with open_atomic(out) as file:
-        for record in tqdm(records, name, unit=" studies", disable=None):
-            if isinstance(record, str):
-                skipped[f"skipped: {record}"] += 1
-                continue
-            key = record.pop("study")
-            identity = f"{name}/{key}/{stem(record['image'])}" if key in seen else f"{name}/{key}"
-            seen.add(key)
-            there = record.pop("there", True)
-            counts[missing] += not there
-            if there or keep_missing:
-                counts.update(("studies", record["split"]))
-                patients.setdefault(record["patient"], set()).add(record["split"])
-                line = {"id": identity, "root": str(root), **record}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        expect(counts["studies"] or counts[missing], root, f"studies of {name} here, none is left "
-               f"{dict(skipped) or ''}")
-        expect(counts["studies"], root, f"the images of {name} here, {counts[missing]} are missing "
-               f"(--keep-missing keeps such studies) {dict(skipped) or ''}")
-    shared = sum(len(splits) > 1 for splits in patients.values())
-    return aligned({key: counts[key] for key in ("studies", *SPLITS, missing)}
-                   | {"patients": len(patients), "patients in two splits": shared} | skipped)
-
-
-def aligned(rows):
-    width = max(map(len, rows))
-    return "\n".join(f"  {name:<{width}}  {n:>9,}" for name, n in rows.items())
-
-
-# ---------------------------------------------------------------- builders, one a set (Sec. 5.1)
-
-MESH = {"Pulmonary Atelectasis": "Atelectasis", "Cardiomegaly": "Cardiomegaly", "Mass": "Mass",
-        "Pleural Effusion": "Pleural Effusion", "Infiltrate": "Infiltration", "Nodule": "Nodule",
-        "Pneumonia": "Pneumonia", "Pneumothorax": "Pneumothorax", "Consolidation": "Consolidation",
-        "Pulmonary Edema": "Edema", "Emphysema": "Emphysema", "Pulmonary Emphysema": "Emphysema",
-        "Bullous Emphysema": "Emphysema", "Pulmonary Fibrosis": "Fibrosis", "Fibrosis": "Fibrosis",
-        "Thickening/pleura": "Pleural Thickening", "Hernia, Hiatal": "Hernia",
-        "normal": "No Finding"}
-
-
-def build_openi(official, args):
-    """OpenI: Kaggle's two tables, else the official XML; targets from the human MeSH indexing"""
-    kaggle = official.file("indiana_reports.csv", required=False)
-    for uid, names, report, mesh in (_openi_kaggle if kaggle else _openi_xml)(official):
-        if not names or not report:
-            yield "neither findings nor impression" if names else "no frontal image listed"
-            continue
-        parts = [tag.strip().split("/") for tag in mesh]
-        found = {MESH.get("/".join(part[:k])) for part in parts for k in (1, 2)}
-        indexed = ["No Indexing"] not in parts  # else nobody looked for findings
-        targets = {name: int(name in found) for name in MESH.values()} if indexed else None
-        for name in names:
-            yield study(uid, name, official.name(name), uid, split_of(uid), report=report,
-                        targets=targets)
-
-
-def _openi_kaggle(official):
-    frontal = {}
-    for where, row in official.table("indiana_projections.csv", "uid", "filename", "projection"):
-        expect(row["projection"] in ("Frontal", "Lateral"), where, "projection Frontal or Lateral")
-        if row["projection"] == "Frontal":
-            frontal.setdefault(row["uid"], []).append(f"images/{row['filename']}")
-    for _, row in official.table("indiana_reports.csv", "uid", "MeSH", "findings", "impression"):
-        report = join_text(row["findings"], row["impression"])
-        yield row["uid"], frontal.get(row["uid"], []), report, row["MeSH"].split(";")
-
-
-def _openi_xml(official):
-    for name, data in _openi_files(official):
-        tree = parse_xml(name, data)
-        text = {node.get("Label"): node.text for node in tree.iter("AbstractText")}
-        names = [f"{node.get('id')}.png" for node in tree.iter("parentImage")]
-        uid = tree.find("uId[@id]")
-        expect(uid is not None, name, "a uId with an id")
-        yield (uid.get("id").removeprefix("CXR"), names[:1],  # the view is unknown: the first image
-               join_text(text.get("FINDINGS"), text.get("IMPRESSION")),
-               [node.text or "" for node in tree.iterfind("MeSH/major")])
-
-
-def _openi_files(official):
-    files = [*official.root.glob("ecgen-radiology/*.xml")] or [*official.root.glob("*.xml")]
-    for path in sorted(files, key=lambda path: (len(path.stem), path.stem)):
-        with open(path, "rb") as file:
-            yield str(path), file.read(MAX_XML_BYTES + 1)
-    if files:
-        return
-    archive = official.file("NLMCXR_reports.tgz")
-    try:
-        with tarfile.open(archive) as tar:
-            for member in (m for m in tar if m.isfile() and m.name.endswith(".xml")):
-                data = tar.extractfile(member).read(MAX_XML_BYTES + 1)
-                yield f"{archive}:{member.name}", data
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise ValueError(f"{archive}: expected a complete archive ({error})") from None
-
-
-class NoDoctype(TreeBuilder):
-    """Entities, which may grow without bound or name local files, need a DOCTYPE."""
-
-    def doctype(self, *_):
-        raise ParseError("DOCTYPE")
-
-
-def parse_xml(name, data):
-    """XML bytes -> root; a DOCTYPE, more than MAX_XML_BYTES and broken XML are a ValueError."""
-    expect(len(data) <= MAX_XML_BYTES, name, f"at most {MAX_XML_BYTES} bytes of XML")
-    try:
-        return XML(data, XMLParser(target=NoDoctype()))
-    except (ParseError, LookupError, ValueError) as error:  # the last two: unknown encodings
-        raise ValueError(f"{name}: expected well-formed XML without DOCTYPE ({error})") from None
-
-
-HEADING = re.compile(r"^[ \t]*([A-Z][A-Z ()/,-]+):(?=\s)", re.MULTILINE)  # of a MIMIC-CXR report
-
-
-def parse_report(text):
-    """The findings and the impression of a MIMIC-CXR report, "" where there is no such section."""
-    parts = HEADING.split(text)[1:]
-    sections = list(zip(parts[::2], parts[1::2], strict=True))
-    return [join_text(*(body for heading, body in sections if heading.startswith(names)))
-            for names in (("FINDING",), ("IMPRESSION", "CONCLUSION"))]
-
-
-def build_mimic(official, args):
-    """MIMIC-CXR-JPG: split, metadata and chexpert tables, .txt reports; frontal views"""
-    splits = {row["dicom_id"]: row["split"].replace("validate", "val")
-              for _, row in official.table("mimic-cxr-2.*-split.csv", "dicom_id", "split")}
-    tables = official.table("mimic-cxr-2.*-chexpert.csv", "study_id", *CONDITIONS)
-    labels = {row["study_id"]: conditions_of(where, row) for where, row in tables}
-    columns = ("dicom_id", "subject_id", "study_id", "ViewPosition")
-    for where, row in official.table("mimic-cxr-2.*-metadata.csv", *columns):
-        name, subject, number, view = (row[column] for column in columns)
-        folder = f"files/p{subject[:2]}/p{subject}/s{number}"
-        if view not in ("PA", "AP"):
-            yield "view not PA or AP"
-            continue
-        expect(splits.get(name) in SPLITS, where, "its dicom_id in mimic-cxr-2.*-split.csv, "
-               "with split train, validate or test")
-        texts = (official.root / base / f"{folder}.txt" for base in ("", "mimic-cxr-reports"))
-        text = next(filter(Path.is_file, texts), None)
-        report = text and join_text(*parse_report(text.read_text("utf-8", "replace")))
-        if not report:
-            yield ("neither findings nor impression" if report is not None else
-                   "no report file files/pNN/PATIENT/STUDY.txt here or in mimic-cxr-reports")
-            continue
-        image = f"{folder}/{name}.jpg"
-        yield study(name, image, official.path(image), subject, splits[name], report=report,
-                    labels=labels.get(number, {}), study_id=number)
-
-
-def build_chexpert_plus(official, args):
-    """CheXpert Plus: its CSV, CheXbert labels and RadGraph-XL graphs; frontal views"""
-    files = (official.file(f"chexbert_labels/{part}_fixed.json", required=False)
-             for part in ("findings", "impression"))
-    labels = [{row["path_to_image"]: conditions_of(f"{file}:{line}", row)
-               for line, row in read_jsonl(file)} for file in files if file]
-    columns = ("path_to_image", "frontal_lateral", "deid_patient_id", "split")
-    parts = ("section_findings", "section_impression")
-    files = {part: official.file(f"radgraph-XL-annotations/{part}.json", required=False)
-             for part in parts}
-    graphs = {part: iter(read_json(file)) for part, file in files.items() if file}
-    for where, row in official.table("df_chexpert_plus_*.csv", *columns, *parts):
-        own = [next(graphs[part], None) for part in graphs  # only sections of two words have one
-               if len(row[part].split()) >= 2]
-        expect(None not in own, where, "a graph for each section, the list ends before")
-        path, view, patient, split = (row[column] for column in columns)
-        report = join_text(*(row[part] for part in parts))
-        if view != "Frontal" or not report:
-            yield "neither findings nor impression" if view == "Frontal" else "not frontal"
-            continue
-        found = merge_labels(*(table.get(path, {}) for table in labels)) if labels else None
-        yield study("/".join(path.split("/")[-3:-1]), path, official.path(path, f"PNG/{path}"),
-                    patient, split.replace("valid", "val"), report=report, labels=found,
-                    graph=merge_graphs(own) if own else None)
-    for part in graphs:
-        expect(next(graphs[part], None) is None, files[part], "one graph a section, got more")
-
-
-def merge_labels(*sections):
-    """Labels of a report from those of its sections: positive over uncertain over negative."""
-    order, both = (0, -1, 1), {}
-    for name, value in (item for labels in sections for item in labels.items()):
-        both[name] = max(both.get(name, 0), value, key=order.index)
-    if any(both.get(name) in (1, -1) for name in CONDITIONS[:-2]):  # support devices aside
-        both.pop("No Finding", None)
-    return both
-
-
-def merge_graphs(records):
-    """RadGraph records of consecutive sections -> one record."""
-    words, entities = [], {}
-    for record in (record.get("0", record) for record in records):
-        shift, start = len(entities), len(words)
-        for key, entity in record["entities"].items():
-            entities[str(int(key) + shift)] = entity | {
-                "start_ix": entity["start_ix"] + start, "end_ix": entity["end_ix"] + start,
-                "relations": [[kind, str(int(to) + shift)] for kind, to in entity["relations"]]}
-        words += record["text"].split(" ")
-    return {"text": " ".join(words), "entities": entities}
-
-
-def build_chexpert5x200(official, args):
-    """CheXpert 5x200: GLoRIA's chexpert_5x200.csv (it has no seed) beside CheXpert's images"""
-    names = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
-    tables = "chexpert_5x200.csv|chexpert_8x200.csv"
-    for where, row in official.table(tables, "Path", *names):
-        path, short = row["Path"], row["Path"].split("/", 1)[-1]
-        expect(path.count("/") > 2, where, "Path as CheXpert-v1.0/train/PATIENT/STUDY/IMAGE")
-        patient, number = path.split("/")[-3:-1]
-        there = official.path(path, short, f"CheXpert-v1.0/{short}", f"CheXpert-v1.0-small/{short}")
-        yield study(f"{patient}/{number}", path, there, patient, "test",
-                    targets={name: int(label(where, row[name]) == 1) for name in names},
-                    report=join_text(row.get("Report Impression")) or None)
-
-
-def build_rsna(official, args):
-    """RSNA pneumonia: stage_2_train_labels.csv, GLoRIA's split; -ab leaves class Normal out"""
-    found, classes = Counter(), {}
-    for where, row in official.table("stage_2_train_labels.csv", "patientId", "Target"):
-        found[row["patientId"]] |= label(where, row["Target"]) == 1
-    if args.command == "rsna-ab":
-        known = ("Normal", "No Lung Opacity / Not Normal", "Lung Opacity")
-        for where, row in official.table("stage_2_detailed_class_info.csv", "patientId", "class"):
-            expect(row["class"] in known, where, f"class {', '.join(known)}")
-            classes[row["patientId"]] = row["class"]
-    names = sorted(found)
-    for name, split in zip(names, glorias_split(names), strict=True):
-        yield "class Normal" if classes.get(name) == "Normal" else study(
-            name, f"stage_2_train_images/{name}.dcm", official.name(name), name, split,
-            targets={"Pneumonia": found[name]})
-
-
-def build_siim(official, args):
-    """SIIM pneumothorax: masks to labels, one line an image, GLoRIA's shares"""
-    rows, found = [], Counter()
-    tables = "train-rle.csv|stage_2_train.csv|*train-rle.csv"
-    for _, row in official.table(tables, "ImageId", "EncodedPixels"):
-        rows.append(row["ImageId"])
-        found[row["ImageId"]] |= row["EncodedPixels"] not in ("", "-1")
-    # DIFFERS from Sec. 5.1: SIIM is split by image, not by row, so that none leaks into test.
-    names = rows if args.glorias_rows else sorted(found)
-    for k, (name, split) in enumerate(zip(names, glorias_split(names), strict=True)):
-        yield study(f"{name}/{k}" if args.glorias_rows else name, f"dicom-images-train/{name}.dcm",
-                    official.name(name), name, split, targets={"Pneumothorax": found[name]})
-
-
-def build_vindr(official, args):
-    """VinDr-CXR: consensus for test, any reader for train; Kaggle's train.csv is split by hash"""
-    kaggle = not official.file("image_labels_test.csv", required=False)
-    mark = "class_name" if kaggle else "No finding"
-    for part in ("train",) if kaggle else ("train", "test"):
-        file = "train.csv" if kaggle else f"image_labels_{part}.csv"
-        found = _vindr_labels(official.table(file, "image_id", mark), kaggle)
-        names = sorted(found)
-        # ASSUMPTION: VinDr's val is CXR-CLIP's 20 % of the train images, drawn from the sorted ids.
-        val = set(permuted(names, 0.2)[1]) if part == "train" else ()
-        for name in names:
-            targets = found[name] | {"No Finding": int(not any(found[name].values()))}
-            split = split_of(name) if kaggle else "val" if name in val else part
-            yield study(name, f"{part}/{name}.dicom", official.name(name), name, split,
-                        targets=targets)
-
-
-def _vindr_labels(rows, kaggle):
-    """image id -> 0 or 1 of every finding: 1 if any reader marked it."""
-    found, classes = {}, {}
-    for where, row in rows:
-        own = found.setdefault(row.pop("image_id"), set())
-        marks = {row["class_name"]: 1} if kaggle else row
-        marks = {class_name(name): label(where, value) for name, value in marks.items()
-                 if name.lower() != "rad_id"}
-        own |= {name for name, value in marks.items() if value == 1}
-        classes |= marks
-    return {image: {name: int(name in own) for name in classes if name != "No Finding"}
-            for image, own in found.items()}
-
-
-CXR14 = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
-         "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening",
-         "Hernia", "No Finding")
-
-
-def build_cxr14(official, args):
-    """ChestX-ray14: Data_Entry_2017 with the official lists, else split by patient"""
-    pairs = probmed_pairs(args.probmed) if args.probmed else None
-    lists = [official.file(f"{name}_list.txt", required=False) for name in ("train_val", "test")]
-    known, test = (set(map(stem, f.read_text().split())) if f else set() for f in lists)
-    if not all(lists):
-        print("no train_val_list.txt and test_list.txt: split by patient, not the official split")
-    tables = "Data_Entry_2017_v2020.csv|Data_Entry_2017*.csv"
-    for where, row in official.table(tables, "Image Index", "Finding Labels", "Patient ID"):
-        own, patient = row["Finding Labels"].split("|"), row["Patient ID"]
-        name = stem(row["Image Index"])
-        expect(set(own) <= set(CXR14), where, f"Finding Labels out of {', '.join(CXR14)}")
-        right = name in known or name in test or not all(lists)
-        expect(right, where, "its image in one of the official lists")
-        if pairs is not None and name not in pairs:
-            yield "not among ProbMed's images"
-            continue
-        split = split_of(patient)
-        if all(lists):
-            split = "test" if name in test else "val" if split == "val" else "train"
-        yield study(name, f"images/{row['Image Index']}", official.name(name), patient, split,
-                    targets={class_name(c): int(c in own) for c in CXR14},
-                    **(pairs or {}).get(name, {}))
-
-
-def probmed_pairs(path):
-    """ProbMed's test.json -> per image its question pairs and the classes of its entity pairs."""
-    def asked_class(question):
-        text = question.lower().replace("_", " ")
-        hits = [name for name in CXR14 if name.lower().replace("_", " ") in text]
-        return class_name(max(hits, key=len)) if hits else None
-
-    asked, out = {}, {}
-    for k, item in enumerate(read_json(path)):
-        right = isinstance(item, dict) and {"image", "qa_type", "question"} <= item.keys()
-        expect(right, path, f"image, qa_type and question in entry {k}")
-        asked.setdefault(stem(item["image"]), {})[item["qa_type"]] = item["question"]
-    for image, own in asked.items():
-        pairs = {kind: (question, own[kind.replace("_gt", "_hallu")])
-                 for kind, question in own.items()
-                 if "_gt" in kind and kind.replace("_gt", "_hallu") in own}
-        classes = [[*map(asked_class, pairs[kind])] for kind in pairs if kind.startswith("entity")]
-        out[image] = {"questions": pairs, "adversarial": [pair for pair in classes if all(pair)]}
-    return out
-
-
-def build_cxr_align(official, args):
-    """CXR-Align's cxr-align.json (Sec. 3) beside its images"""
-    file = official.file("cxr-align.json")
-    sources = read_json(file)
-    right = isinstance(sources, dict) and all(isinstance(x, dict) for x in sources.values())
-    expect(right, file, "an object of sources, each an object of entries by image")
-    for source, items in sources.items():
-        for k, (name, item) in enumerate(items.items()):
-            expect(isinstance(item, dict), file, f"an object in {source}, entry {k}")
-            texts = [item.get(key) for key in ("report", "negation", "omitted")]
-            condition = CLASS_NAMES.get(str(item.get("chosen")).lower())
-            expect(condition and all(isinstance(text, str) for text in texts), file,
-                   f"chosen, report, negation and omitted in {source}, entry {k}")
-            path = official.name(name)
-            patient = re.search(r"/p(\d{8})/", path or "")  # in MIMIC-CXR-JPG's folders
-            negative = {"condition": condition, "omitted": texts[2], "report": texts[1],
-                        "position": item.get("location")}
-            yield study(name, f"images/{name}.jpg", path, patient[1] if patient else name, "test",
-                        report=texts[0], labels=label_report(texts[0]), hard_negatives=[negative])
-
-
 BUILDERS = {"openi": build_openi, "mimic": build_mimic, "chexpert-plus": build_chexpert_plus,
             "chexpert5x200": build_chexpert5x200, "rsna": build_rsna, "rsna-ab": build_rsna,
             "siim": build_siim, "vindr": build_vindr, "cxr14": build_cxr14,
@@ -1289,10 +1289,11 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=style)
     commands = parser.add_subparsers(dest="command", required=True, metavar="SET|check|cache")
     for name, build in BUILDERS.items():
-        add = commands.add_parser(name, help=build.__doc__, formatter_class=style).add_argument
+        add = commands.add_parser(name, help=build.__doc__, description=build.__doc__,
+                                  formatter_class=style).add_argument
         add("root", help="folder of the official download (phantom: to draw into)")
         add("--out", required=True, help="manifest to write (JSON Lines)")
-        add("--keep-missing", action="store_true", help="keep studies with no image")
+        add("--keep-missing", action="store_true", help="keep studies whose image is not there")
         if name == "siim":
             add("--glorias-rows", action="store_true",
                 help="split rows as GLoRIA did: images leak into test")
@@ -1302,10 +1303,13 @@ def parse_args(argv=None):
             add("--studies", type=int, default=3000, help="number of studies")
             add("--size", type=int, default=64, help="side in pixels")
             add("--seed", type=int, default=0, help="another seed is another data set")
-            add("--normal-fraction", type=float, default=0.45, help="normals (Tab. 1)")
-            add("--duplicates", type=int, default=0, help="more, alike (Tab. 3)")
+            add("--normal-fraction", type=float, default=0.45,
+                help="share of normal studies, with one of Tab. 1's templates")
+            add("--duplicates", type=int, default=0,
+                help="normal training studies to add, all with one sentence (Tab. 3)")
     for name, run in (("check", check), ("cache", cache)):
-        add = commands.add_parser(name, help=run.__doc__, formatter_class=style).add_argument
+        add = commands.add_parser(name, help=run.__doc__, description=run.__doc__,
+                                  formatter_class=style).add_argument
         add("manifest", help="JSON Lines of any of the sets")
         add("--image-root", help="replaces every record's root")
         add("--workers", type=minimum(0), default=os.cpu_count() or 1,
@@ -1313,7 +1317,7 @@ def parse_args(argv=None):
         if name == "cache":
             add("--out", required=True, help="folder to write into; resumes")
             add("--size", type=minimum(1), default=256, help="shorter side in pixels")
-            add("--crop-borders", action="store_true", help="black ones (App. B.1)")
+            add("--crop-borders", action="store_true", help="cut black borders away (App. B.1)")
     for sub in commands.choices.values():
         sub.add_argument("--sheet", metavar="F.png", help="also draw twelve of the images")
     return parser.parse_args(argv)

@@ -134,7 +134,7 @@ def start_ranks():
 
 
 def on_rank_0(function, rank, world):
-    """Run `function` on rank 0 alone and give its result, or its error, to every rank."""
+    """Run `function` on rank 0 alone and give its result to every rank; its error ends all."""
     box = [None]
     if rank == 0:
         try:
@@ -144,7 +144,7 @@ def on_rank_0(function, rank, world):
     if world > 1:
         dist.broadcast_object_list(box)
     if isinstance(box[0], ValueError):
-        raise box[0]
+        raise box[0] if rank == 0 else SystemExit(2)  # one rank prints it
     return box[0]
 
 
