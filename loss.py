@@ -17,15 +17,15 @@ similarities inside a modality, and the softmax of the similarities across modal
     L = mean over rows of KL(y_hat || p)          Eq. 6, Eq. 7
     total = sum over ordered pairs of w_T L_t + w_C L_c + w_G L_g   Eq. 10
 
-Each product is computed once and the streams' labels are mixed before the KL, which is linear in
-them; the 18 terms of Eq. 10 one by one are `literal_loss` in tests/test_loss.py.
+Each product is computed once, and the streams' labels are mixed first, since log p meets them
+linearly; the 18 terms of Eq. 10 one by one are `literal_loss` in tests/test_loss.py.
 
 Under torch.distributed every rank passes its own rows, in equal numbers. Rows of all ranks are
 gathered, each rank evaluates the rows that are its own, and the mean of gradients that
 DistributedDataParallel takes is the gradient of the loss of the whole batch.
 
 Symbols: B rows of this rank, N = world x B rows of all ranks, M columns (2N with hard negatives,
-else N), R rows of one block, D embedding width, K labels.
+else N), R rows of one block, R1 of them of T1; D embedding width, K labels.
 
 SPDX-License-Identifier: MIT
 """
