@@ -18,7 +18,6 @@ import gzip
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import re
 import struct
@@ -45,6 +44,7 @@ from negations import (
     parse_line,
     read_jsonl,
     run_main,
+    stream,
 )
 
 SPLITS = ("train", "val", "test")
@@ -170,8 +170,9 @@ def label_vector(labels, uncertain="positive"):
 INDEX = np.dtype([("offset", "<i8"), ("patient", "<i8"), ("line", "<i4"), ("positives", "<u2"),
                   ("split", "u1"), ("negatives", "u1")])
 NO_SPLIT, HEADER = 254, 255  # in "split"
-TYPES = {"id": str, "image": str, "split": str, "report": str, "labels": dict, "targets": dict,
-         "graph": dict, "hard_negatives": list}
+TYPES = {"id": str, "root": str, "image": str, "split": str, "report": str, "labels": dict,
+         "targets": dict, "graph": dict, "original_report": str, "omitted": str,
+         "hard_negatives": list}
 
 
 class Manifest:
@@ -209,51 +210,55 @@ class Manifest:
         raw = os.pread(self.file.fileno(), end - start, start)
         return _parse(f"{self.path}:{self.line(i)}", raw)
 
-    def image_path(self, record):
-        """See image_path."""
-        return image_path(record, self.path, self.image_root)
+    def image_path(self, i, record=None):
+        """Image of row i (whose record may be at hand) as a path; ValueError if out of its root."""
+        where = f"{self.path}:{self.line(i)}"
+        return image_path(where, record or self[i], self.path, self.image_root)
 
 
 _real = functools.lru_cache(4096)(os.path.realpath)  # resolving a whole path costs 0.1 ms
 
 
-def image_path(record, manifest, image_root=None):
+def image_path(where, record, manifest, image_root=None):
     """The record's image as a path; ValueError if it would leave the image root."""
     root = _real(image_root or record.get("root") or os.path.dirname(manifest))
     path = os.path.normpath(os.path.join(root, record["image"]))
     folder, name = os.path.split(path)
     path = os.path.realpath(path) if os.path.islink(path) else os.path.join(_real(folder), name)
     inside = path.startswith(os.path.join(root, ""))
-    expect(inside, manifest, "images inside their root; where links lead to them, name their own "
-           "folder by --image-root")
+    expect(inside, where, "its image inside its root; where links lead to images, name their "
+           "own folder by --image-root")
     return Path(path)
 
 
 def _parse(where, raw):
     record = parse_line(where, raw)
     expect({"id", "image"} <= record.keys(), where, "a JSON object with id and image")
-    for name, kind in TYPES.items():
-        expect(isinstance(record.get(name, kind()), kind), where, f"{name} as {kind.__name__}")
+    _check_types(where, record)
     expect(record.get("split", "train") in SPLITS, where, "split train, val or test")
     return record
 
 
+def _check_types(where, side):
+    expect(isinstance(side, dict), where, "hard_negatives of objects")
+    for name, kind in TYPES.items():
+        expect(isinstance(side.get(name, kind()), kind), where, f"{name} as {kind.__name__}")
+
+
 def _validate(where, record):
-    """The types that _parse leaves open; ValueError names the line and what was expected."""
+    """What _parse leaves open; ValueError names the line and what was expected."""
     try:
-        for k, side in enumerate([record, *(record.get("hard_negatives") or ())]):
-            texts = ("report", "omitted", "root") if k == 0 else ("report", "omitted")
-            right = all(isinstance(side.get(name, ""), str) for name in texts)
-            expect(right, where, "report, omitted and root as text")
-            labels = side.get("labels") or {}
+        for k, side in enumerate([record, *record.get("hard_negatives", ())]):
+            _check_types(where, side)
+            labels = side.get("labels", {})
             expect(set(labels) <= set(CONDITIONS) and set(labels.values()) <= {1, 0, -1}, where,
                    "labels of CheXpert's 14 conditions as 1, 0 or -1")
             whole = {"report", "omitted"} <= set(side) and side.get("condition") in CONDITIONS
             expect(k == 0 or whole, where, "condition, report and omitted in each hard negative")
-            read_radgraph(side.get("graph") or {})
-        expect(set((record.get("targets") or {}).values()) <= {0, 1}, where, "targets as 0 or 1")
-    except (TypeError, AttributeError):
-        raise ValueError(f"{where}: expected every field to be of the documented type") from None
+            read_radgraph(side.get("graph", {}))
+        expect(set(record.get("targets", {}).values()) <= {0, 1}, where, "targets as 0 or 1")
+    except TypeError:  # a list among the values
+        raise ValueError(f"{where}: expected labels and targets to be numbers") from None
     except ValueError as error:
         text = str(error)
         raise ValueError(text if text.startswith(where) else f"{where}: {text}") from None
@@ -304,15 +309,15 @@ class Studies(Dataset):
     manifest: rows of one split, with labels. image_size: S. tokenize: list of str -> dict of
     tensors. negatives: draw one stored hard negative anew each epoch; a study with none gets a
     report of this split with exactly one positive, its labels and graph (Sec. 4.1). graphs: add the
-    RadGraph graphs. uncertain: see label_vector. augment: random crops. An unreadable image is
+    RadGraph graphs. uncertain: see label_vector. An unreadable image is
     replaced by another study drawn from the same seed, so batches keep their size; "bad" lists it.
     """
 
     def __init__(self, manifest, *, image_size, tokenize, negatives, graphs, uncertain="positive",
-                 seed=0, augment=True):
+                 seed=0):
         self.manifest, self.image_size, self.tokenize = manifest, image_size, tokenize
         self.negatives, self.graphs, self.uncertain = negatives, graphs, uncertain
-        self.seed, self.augment = seed, augment
+        self.seed = seed
         bits = manifest.positives & ((1 << len(CONDITIONS) - 1) - 1)  # the 13 besides No Finding
         self.single = np.flatnonzero((bits > 0) & (bits & (bits - 1) == 0)).astype(np.int32)
         stored = manifest.hard_negatives > 0
@@ -329,7 +334,7 @@ class Studies(Dataset):
         while len(bad) < MAX_TRIES:
             record = self.manifest[i]
             try:
-                path = self.manifest.image_path(record)
+                path = self.manifest.image_path(i, record)
                 image = read_image(path, at_least=self.image_size * 5 // 4)
                 break
             except (OSError, ValueError):
@@ -339,8 +344,7 @@ class Studies(Dataset):
             where = f"{self.manifest.path}:{self.manifest.line(bad[0])}"
             raise ValueError(f"{where}: expected images, {MAX_TRIES} in a row could not be read "
                              "(is --image-root right? see: python data.py check)")
-        crop = rng if self.augment else None
-        sample = {"index": i, "bad": bad, "pixels": pixels(image, self.image_size, crop)}
+        sample = {"index": i, "bad": bad, "pixels": pixels(image, self.image_size, rng)}
         sample |= self._text(record)
         if self.negatives:
             sample["hard"] = self._text(self._negative(record, rng))
@@ -516,7 +520,7 @@ def join_text(*sections):
 def permuted(items, share):
     """scikit-learn's train_test_split(items, test_size=share, random_state=0) -> rest, first."""
     order = np.random.RandomState(0).permutation(len(items))  # noqa: NPY002 (published splits)
-    first = -int(-len(items) * share // 1)
+    first = math.ceil(len(items) * share)
     return [items[k] for k in order[first:]], [items[k] for k in order[:first]]
 
 
@@ -706,7 +710,7 @@ def build_chexpert_plus(official, args):
         found = merge_labels(*(table.get(path, {}) for table in labels)) if labels else None
         yield study("/".join(path.split("/")[-3:-1]), path, official.path(path, f"PNG/{path}"),
                     patient, split.replace("valid", "val"), report=report, labels=found,
-                    graph=merge_graphs(own) if own else None)
+                    graph=merge_graphs(where, own) if own else None)
     for part in graphs:
         expect(next(graphs[part], None) is None, files[part], "one graph a section, got more")
 
@@ -721,10 +725,12 @@ def merge_labels(*sections):
     return both
 
 
-def merge_graphs(records):
+def merge_graphs(where, records):
     """RadGraph records of consecutive sections -> one record."""
     words, entities = [], {}
     for record in (record.get("0", record) for record in records):
+        right = isinstance(record.get("entities"), dict) and isinstance(record.get("text"), str)
+        expect(right, where, "RadGraph records with text and entities")
         shift, start = len(entities), len(words)
         for key, entity in record["entities"].items():
             entities[str(int(key) + shift)] = entity | {
@@ -1161,10 +1167,8 @@ BUILDERS = {"openi": build_openi, "mimic": build_mimic, "chexpert-plus": build_c
 
 
 def run_jobs(function, jobs, workers, title):
-    """function over jobs, in order, in so many processes (0: this one), with a progress bar."""
-    with multiprocessing.Pool(workers) if workers else contextlib.nullcontext() as pool:
-        results = pool.imap(function, jobs, 16) if pool else map(function, jobs)
-        yield from tqdm(results, title, len(jobs), disable=None)
+    """function over jobs, in order, in so many processes, with a progress bar."""
+    yield from tqdm(stream(function, jobs, workers), title, len(jobs), disable=None)
 
 
 def _shrink(job):
@@ -1187,7 +1191,7 @@ def _shrink(job):
 
 def check_images(manifest, workers=0):
     """ValueError with the line of the first image that cannot be read."""
-    jobs = [(manifest.image_path(manifest[i]), None, 0, False) for i in range(len(manifest))]
+    jobs = [(manifest.image_path(i), None, 0, False) for i in range(len(manifest))]
     for i, why in enumerate(run_jobs(_shrink, jobs, workers, "images")):
         if why:
             raise ValueError(f"{manifest.path}:{manifest.line(i)}: {why}; python data.py check "
@@ -1201,10 +1205,10 @@ def cache(path, out, size=256, crop=False, workers=0, image_root=None):
     expect(target.resolve() != Path(path).resolve(), out, "another folder than the manifest's")
     names, jobs = [], []
     for i in range(len(manifest)):
-        record = manifest[i]
-        digest = hashlib.sha256(record["id"].encode()).hexdigest()[:24]
+        source = manifest.image_path(i)
+        digest = hashlib.sha256(str(source).encode()).hexdigest()[:24]
         names.append(f"{digest[:2]}/{digest}.jpg")
-        jobs.append((manifest.image_path(record), folder / names[i], size, crop))
+        jobs.append((source, folder / names[i], size, crop))
     reasons = list(run_jobs(_shrink, jobs, workers, "cache"))
     expect(None in reasons, path, f"images that can be read (is --image-root right?); the first: "
            f"{next(iter(reasons), 'there is none')}")
@@ -1230,7 +1234,8 @@ def check(path, image_root=None, workers=0):
             try:
                 record = _parse(f"{path}:{line}", raw)
                 _validate(f"{path}:{line}", record)
-                jobs.append((image_path(record, path, image_root), None, 0, False))
+                where = f"{path}:{line}"
+                jobs.append((image_path(where, record, path, image_root), None, 0, False))
             except ValueError as error:
                 wrong.append(f"{path}:{line}: {str(error).split(': ', 1)[-1]}")
                 continue
@@ -1266,9 +1271,10 @@ def draw_sheet(path, out, image_root=None, side=256):
     manifest = Manifest(path, image_root=image_root)
     sheet, count, black = Image.new("L", (4 * side, 3 * side)), min(12, len(manifest)), 0
     for k in range(count):
-        record = manifest[k * len(manifest) // count]
+        row = k * len(manifest) // count
+        record = manifest[row]
         try:
-            image = read_image(manifest.image_path(record))
+            image = read_image(manifest.image_path(row, record))
         except (OSError, ValueError):
             black += 1
             continue
@@ -1337,10 +1343,10 @@ def main(argv=None):
         records = BUILDERS[args.command](Download(args.root), args)
         summary = write_manifest(args.command, records, args.root, manifest, args.keep_missing)
         print(manifest, summary, sep="\n")
-    if args.sheet:
-        draw_sheet(manifest, args.sheet, getattr(args, "image_root", None))
     for line in wrong[:20] + [f"{len(wrong)} in all"] * (len(wrong) > 20):
         print(f"wrong: {line}", file=sys.stderr)
+    if args.sheet:
+        draw_sheet(manifest, args.sheet, getattr(args, "image_root", None))
     if wrong and args.command == "check":
         raise SystemExit(1)
 

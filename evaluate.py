@@ -220,7 +220,7 @@ class Images(Dataset):
     def __getitem__(self, i):
         row = int(self.rows[i])
         try:
-            path = self.manifest.image_path(self.manifest[row])
+            path = self.manifest.image_path(row)
             return self.transform(read_image(path, self.at_least))
         except (OSError, ValueError) as error:  # without the path, which may name the patient
             return f"{self.manifest.path}:{self.manifest.line(row)}: {str(error).split(': ')[-1]}"
@@ -786,7 +786,7 @@ def draw_retrieval(bench, count=4):
     embedded = bench.texts(texts)                                              # (m, D)
     for place, i in enumerate(np.random.default_rng(0).permutation(len(bench.reports))[:count]):
         top, own = 50 + 280 * place, bench.reports[i]
-        picture = read_image(bench.manifest.image_path(bench.manifest[i]))
+        picture = read_image(bench.manifest.image_path(i))
         image.paste(picture.resize((250, 250)), (15, top))
         best = (embedded @ bench.images[i]).topk(min(5, len(texts))).indices
         for k, text in enumerate([own, *(texts[j] for j in best)]):
@@ -796,8 +796,8 @@ def draw_retrieval(bench, count=4):
     return image
 
 
-def save_figures(bench, tasks, run, folder, show_reports):
-    """Draw what the tasks measured and left behind, as PNG files."""
+def draw_figures(bench, tasks, run, show_reports):
+    """Pictures by name of what the tasks measured and left behind."""
     pictures, config = {}, Path(run) / "config.json"
     flags = json.loads(config.read_bytes()).get("flags", {}) if config.is_file() else {}
     taus = DynamicSoftContrastiveLoss().thresholds.items()  # the defaults, for other models
@@ -809,10 +809,7 @@ def save_figures(bench, tasks, run, folder, show_reports):
         pictures["cxr-align"] = draw_align(tasks["cxr-align"])
     if show_reports and "retrieval" in tasks:
         pictures["retrieval"] = draw_retrieval(bench)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, picture in pictures.items():
-        picture.save(Path(folder) / f"{name}.png")
-        print(f"wrote {Path(folder) / name}.png")
+    return pictures
 
 
 # ---- the command line
@@ -901,7 +898,8 @@ def main(argv=None):
         if cuda:
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # A model of a .py file may be on the CPU although there is a GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     args.progress = not dist.is_initialized() or dist.get_rank() == 0
     manifest = Manifest(args.data, args.split, args.image_root)
     bench = Bench(load_any(args.run, args.device), manifest,
@@ -921,14 +919,17 @@ def main(argv=None):
     if not result["tasks"]:
         raise Unmeasurable("; ".join(bench.notes))
     result["notes"] = bench.notes
+    pictures = {}
+    if args.figures:  # by all ranks, since embedding is their common work
+        pictures = draw_figures(bench, result["tasks"], args.run, args.show_reports)
     if args.progress:  # rank 0
-        finish(bench, result, args)
+        finish(bench, result, pictures, args)
     if dist.is_initialized() and argv is None:
         dist.destroy_process_group()
 
 
-def finish(bench, result, args):
-    """Print, draw and write a result."""
+def finish(bench, result, pictures, args):
+    """Print and write a result."""
     notes, classes = [f"note: {note}" for note in bench.notes], {*CONDITIONS, *bench.classes}
     short = args.task == "all"
     notes += ["note: values by class are in the result file, and printed by each task"] * short
@@ -941,8 +942,10 @@ def finish(bench, result, args):
         with open_atomic(out) as file:  # JSON has no NaN: null
             json.dump(json.loads(json.dumps(result), parse_constant=lambda _: None), file, indent=1)
         print(f"wrote {out}")
-    if args.figures:
-        save_figures(bench, result["tasks"], args.run, args.figures, args.show_reports)
+    for name, picture in pictures.items():
+        Path(args.figures).mkdir(parents=True, exist_ok=True)
+        picture.save(Path(args.figures) / f"{name}.png")
+        print(f"wrote {Path(args.figures) / name}.png")
 
 
 if __name__ == "__main__":

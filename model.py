@@ -19,6 +19,7 @@ import json
 import math
 import pickle
 import re
+import struct
 import zlib
 from pathlib import Path
 
@@ -355,16 +356,20 @@ def _torch_load(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a checkpoint or weights")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, IndexError,
+            TypeError, AssertionError, AttributeError, struct.error):
         # torch's own message advises to load it unsafely
         raise ValueError(f"{path}: not an intact file of plain tensors") from None
+    if not isinstance(saved, dict) or not all(isinstance(name, str) for name in saved):
+        raise ValueError(f"{path}: expected tensors by name")
+    return saved
 
 
 def load_checkpoint(path: Path) -> dict:
     """A checkpoint of train.py, every tensor on the CPU. ValueError if it is damaged or another."""
     saved = _torch_load(path)
-    if not isinstance(saved, dict) or not {"model", "model_config"} <= saved.keys():
+    if not {"model", "model_config"} <= saved.keys():
         raise ValueError(f"{path}: expected a checkpoint of train.py")
     return saved
 

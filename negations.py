@@ -31,7 +31,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -664,6 +664,16 @@ def negated_graph(graph, condition):
     return graph | {"text": f"{graph['text']} no {noun} .".strip(), "entities": kept}
 
 
+def _whole_graph(graph):
+    """A RadGraph record, also from {"0": record}; None if it lacks what an edit needs."""
+    keys = {"tokens", "label", "start_ix", "end_ix", "relations"}
+    with contextlib.suppress(KeyError, TypeError, AttributeError):
+        graph = graph.get("0", graph)
+        if graph["text"].split and all(keys <= set(e) for e in graph["entities"].values()):
+            return graph
+    return None
+
+
 # ASSUMPTION: a RadGraph file describes the uncleaned report; its graph serves the cleaned one.
 class GraphFile:
     """RadGraph's JSON file, read by record: PhysioNet's keys by study, the package's by line."""
@@ -692,13 +702,9 @@ class GraphFile:
         with open(self.path, "rb") as file:
             file.seek(start)
             text = file.read(end - start).decode("utf-8", "replace")
-        try:
-            graph = json.JSONDecoder().raw_decode(text)[0]
-            keys = {"tokens", "label", "start_ix", "end_ix", "relations"}
-            if graph["text"].split and all(keys <= set(e) for e in graph["entities"].values()):
+        with contextlib.suppress(ValueError):
+            if graph := _whole_graph(json.JSONDecoder().raw_decode(text)[0]):
                 return graph
-        except (ValueError, KeyError, TypeError, AttributeError):
-            pass
         raise ValueError(f"{self.path}: expected a RadGraph record at byte {start}")
 
 
@@ -955,6 +961,13 @@ def _checked(path, number, line, labeler):
     record = parse_line(where, line)
     if not all(isinstance(record.get(key), str) for key in ("id", "report")):
         raise ValueError(f"{where}: expected the strings id and report")
+    if not isinstance(record.get("original_report", ""), str):
+        raise ValueError(f"{where}: expected original_report as text")
+    if record.get("graph"):
+        record["graph"] = _whole_graph(record["graph"])
+        if not record["graph"]:
+            raise ValueError(f"{where}: expected graph as RadGraph's text and entities, each with "
+                             "tokens, label, start_ix, end_ix and relations")
     if record["id"].startswith("cxr-align/"):
         raise ValueError(f"{where}: CXR-Align's own r^r and r^n would be overwritten; "
                          "evaluate.py takes the file as it is")
@@ -1013,19 +1026,24 @@ def _resume(part, settings, stats):
     return stats["studies"]
 
 
-def _stream(chunks, workers, tools):
-    """Results of _chunk in order, a few chunks in flight, so that memory stays flat."""
+def stream(function, jobs, workers, **tools):
+    """function over jobs, in order, in so many processes (below 2: in this one); few jobs at once,
+    so that memory stays flat. tools: what the function finds in _TOOLS."""
     if workers < 2:
         _TOOLS.update(tools)
-        yield from map(_chunk, chunks)
+        yield from map(function, jobs)
         return
     with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(tools,)) as pool:
         waiting = deque()
-        for chunk in chunks:
-            waiting.append(pool.submit(_chunk, chunk))
-            if len(waiting) > 3 * workers:
-                yield waiting.popleft().result()
-        yield from (future.result() for future in waiting)
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(function, job))
+                if len(waiting) > 3 * workers:
+                    yield waiting.popleft().result()
+            yield from (future.result() for future in waiting)
+        except BrokenExecutor:
+            raise OSError("a reading process was killed; if memory is short, lower --workers"
+                          ) from None
 
 
 def parse_args(argv):
@@ -1072,7 +1090,7 @@ def main(argv=None):
     workers = 1 if args.llm or args.chexbert else args.workers
     with open(part, "ab") as file, tqdm(total=lines, unit=" studies", initial=done,
                                         disable=None) as bar:
-        for data, counts in _stream(chunks, workers, tools):
+        for data, counts in stream(_chunk, chunks, workers, **tools):
             file.write(data)
             total += counts
             bar.update(counts["studies"])

@@ -109,7 +109,7 @@ def parse_args(argv=None):
         help="steps between saves")
     add("--export", metavar="DIR", help="at the end write safetensors, config and tokenizer there")
     args = parser.parse_args(argv)
-    if args.export and Path(args.export).exists():
+    if args.export and Path(args.export).exists() and not args.resume:
         parser.error(f"--export {args.export}: exists; choose another folder")
     if args.resume == "latest" and not args.out:
         parser.error("--resume latest: expected --out, the run folder to continue")
@@ -221,9 +221,9 @@ def memory_mb(device):
 class Run:
     """What a run carries from step to step, and its record in the run folder, kept by rank 0."""
 
-    def __init__(self, args, folder, rank, world, device, clip, optimizer, studies):
+    def __init__(self, args, folder, rank, world, device, clip, optimizer, num_studies):
         self.args, self.folder, self.device = args, folder, device
-        self.rank, self.world, self.studies = rank, world, studies  # a number
+        self.rank, self.world, self.num_studies = rank, world, num_studies
         self.clip, self.optimizer = clip, optimizer
         self.state = {"step": 0, "validated": 0, "skipped": 0, "skipped_in_a_row": 0,
                       "unreadable": 0, "best": {}}  # step counts finished steps
@@ -235,9 +235,9 @@ class Run:
                    if name not in FREE_ON_RESUME and saved["flags"].get(name) != value]
         if changed:
             raise ValueError(f"cannot resume with other flags: {'; '.join(changed)}")
-        if saved["studies"] != self.studies:
+        if saved["studies"] != self.num_studies:
             raise ValueError(f"cannot resume with other data: --train had {saved['studies']} "
-                             f"training studies, has {self.studies} now")
+                             f"training studies, has {self.num_studies} now")
         self.clip.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.state = saved["state"]
@@ -251,6 +251,8 @@ class Run:
 
     def log(self, record):
         if self.rank == 0:
+            record = {k: None if v != v or v in (math.inf, -math.inf) else v  # JSON has no NaN
+                      for k, v in record.items()}
             with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
@@ -290,9 +292,12 @@ class Run:
             with open_atomic(path, "wb") as file:
                 torch.save({"model": self.clip.state_dict(), "model_config": self.clip.config,
                             "optimizer": self.optimizer.state_dict(), "state": self.state,
-                            "flags": flags, "world": self.world, "studies": self.studies}, file)
-        except OSError as error:
-            self.say(f"warning: {path} was not written ({error.strerror}); the one before stands")
+                            "flags": flags, "world": self.world, "studies": self.num_studies}, file)
+        except (OSError, RuntimeError) as error:  # torch's zip writer hides the disk's error
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            self.say(f"warning: {path} was not written ({cause.strerror}); the one before stands")
 
     def validate(self, val_rows):
         """Zero-shot AUROC and retrieval on the val rows; best.pt keeps the best, never the loss."""
@@ -309,22 +314,23 @@ class Run:
             self.say(f"step {step:>6}   val   " + "   ".join(
                 f"{k} {'n/a' if v is None else format(v, '.3f')}" for k, v in result.items()))
             by = "retrieval@5" if result["auroc"] is None else "auroc"
-            if not self.state["best"] or result[by] > self.state["best"][by]:
+            best = self.state["best"].get(by)
+            if best is None or result[by] is not None and result[by] > best:
                 self.state["best"] = {"step": step, **result}
                 self.save("best.pt")
         self.save()
 
-    def warn_of_collapse(self, values, columns, warned):
+    def warn_of_collapse(self, values, num_texts, warned):
         """Once an epoch, when soft labels turn uniform: the KL then falls with nothing learned."""
         for name, value in values.items():
             if name in ("positives_text", "positives_graph") and name not in warned \
-                    and value > COLLAPSE * columns:
+                    and value > COLLAPSE * num_texts:
                 warned.add(name)
-                self.say(f"warning: {name} is {value:.0f} of {columns}: the soft labels have "
+                self.say(f"warning: {name} is {value:.0f} of {num_texts}: the soft labels have "
                          f"nearly collapsed; raise --tau-{name.removeprefix('positives_')}")
 
-    def report_unreadable(self, epoch, unreadable):
-        """At the end of an epoch: which training rows were replaced, on all ranks, by index."""
+    def report_unreadable(self, epoch, unreadable, manifest):
+        """At the end of an epoch: which training rows were replaced, on all ranks, and lines."""
         parts = [sorted(unreadable)] * self.world
         if self.world > 1:
             dist.all_gather_object(parts, sorted(unreadable))
@@ -332,7 +338,8 @@ class Run:
         self.state["unreadable"] += len(rows)
         if rows:
             self.say(f"warning: epoch {epoch}: {len(rows)} unreadable images were replaced; "
-                     f"training rows {rows[:20]}{' ...' if len(rows) > 20 else ''}")
+                     f"training rows {rows[:20]}{' ...' * (len(rows) > 20)}, lines "
+                     f"{[manifest.line(row) for row in rows[:20]]} of {manifest.path}")
 
     def stop_for_bad_numbers(self, values, batches):
         terms = [name for name, value in values.items() if not math.isfinite(value)]
@@ -447,7 +454,7 @@ def learning_rate(step, args, epoch_steps):
     """Linear warm-up, then half a cosine to zero at the end of --epochs: a function of the step."""
     warmup, total = args.warmup_epochs * epoch_steps, args.epochs * epoch_steps
     if step < warmup:
-        return args.lr * (step + 1) / warmup
+        return args.lr * min(1, (step + 1) / warmup)
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
@@ -468,13 +475,13 @@ def train(run, model, criterion, batches, studies, val_rows, epoch_steps, total)
     for name in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, lambda number, _frame: signals.append(number))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    columns = args.batch_size * (2 if studies.negatives else 1)
+    num_texts = args.batch_size * (2 if studies.negatives else 1)
     bar = tqdm(total=total, initial=state["step"], desc=args.system, disable=run.rank > 0)
     while True:
         epoch, first = divmod(state["step"], epoch_steps)
-        if (first == 0 or state["step"] == total) and state["step"] > state["validated"]:
+        if (first == 0 or state["step"] >= total) and state["step"] > state["validated"]:
             run.validate(val_rows)
-        if state["step"] == total:
+        if state["step"] >= total:
             return bar.close()
         unreadable, warned = set(), set()
         for step in range(state["step"], min(total, (epoch + 1) * epoch_steps)):
@@ -492,10 +499,10 @@ def train(run, model, criterion, batches, studies, val_rows, epoch_steps, total)
                                    functools.partial(seed_step, args.seed, step, run.rank))
             # step: the loss and the norm are one on all ranks, so all skip together
             norm = torch.nn.utils.clip_grad_norm_(run.clip.parameters(), args.clip)
-            flags = torch.tensor([float(len(signals)), len(unreadable)], device=device)
+            counts = torch.tensor([float(len(signals)), len(unreadable)], device=device)
             if run.world > 1:
-                dist.all_reduce(flags)
-            *values, norm, stop, bad = torch.stack([*out.values(), norm, *flags]).tolist()
+                dist.all_reduce(counts)
+            *values, norm, stop, bad = torch.stack([*out.values(), norm, *counts]).tolist()
             values = dict(zip(out, values, strict=True)) | {"grad_norm": norm}
             finite = math.isfinite(values["loss"]) and math.isfinite(norm)
             if finite:
@@ -510,9 +517,9 @@ def train(run, model, criterion, batches, studies, val_rows, epoch_steps, total)
                      "temperature": math.exp(-run.clip.logit_scale.item()),
                      "skipped": state["skipped"], "images_per_s": args.batch_size / took,
                      "data_wait": waited / took, "memory_mb": memory_mb(device)})
-            run.warn_of_collapse(values, columns, warned)
+            run.warn_of_collapse(values, num_texts, warned)
             bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False,
-                            text_positives=f"{values['positives_text']:.1f}/{columns}")
+                            text_positives=f"{values['positives_text']:.1f}/{num_texts}")
             bar.update()
             if state["skipped_in_a_row"] == MAX_SKIPPED:
                 run.stop_for_bad_numbers(values, micro)
@@ -520,12 +527,14 @@ def train(run, model, criterion, batches, studies, val_rows, epoch_steps, total)
                 raise ValueError(f"{bad:.0f} images of epoch {epoch} could not be read, more than "
                                  f"{MAX_BAD:.0%}; see python data.py check {studies.manifest.path}")
             # checkpoint
+            if stop:
+                run.report_unreadable(epoch, unreadable, studies.manifest)
             if stop or (step + 1) % args.checkpoint_every == 0:
                 run.save()
             if stop:
                 bar.close()
                 return run.say(f"a signal came: saved after step {step + 1}; go on with --resume")
-        run.report_unreadable(epoch, unreadable)
+        run.report_unreadable(epoch, unreadable, studies.manifest)
 
 
 def main(argv=None):
@@ -574,7 +583,7 @@ def main(argv=None):
         with contextlib.closing(batches):
             train(run, model, criterion, batches, studies, val_rows, epoch_steps, total)
     if rank == 0:
-        if args.export:
+        if args.export and run.state["validated"] >= total and not Path(args.export).exists():
             source = folder if (folder / "last.pt").exists() else checkpoint
             export_model(load_model(source), Path(args.export))
         print(json.dumps({"run": str(folder), "system": args.system, "seed": args.seed,

@@ -198,7 +198,7 @@ def enlarged(folder, count=24):
     with open(folder / "big.jsonl", "w", encoding="utf-8") as file:
         for i in range(count):
             record = raw[i] | {"root": str(folder / "big"), "image": f"{i}.jpg", "split": "train"}
-            small = read_image(raw.image_path(raw[i]))
+            small = read_image(raw.image_path(i))
             large = small.resize((2500, 3000), Image.Resampling.BICUBIC)
             large.save(folder / "big" / record["image"])
             file.write(json.dumps(record) + "\n")
@@ -211,7 +211,7 @@ def bench_images(size=224):
         path, folder = enlarged(Path(name)), Path(name)
         cache(path, folder / "cached")
         big, small = Manifest(path), Manifest(folder / "cached/big.jsonl")
-        paths, cached_paths = ([m.image_path(m[i]) for i in range(len(m))] for m in (big, small))
+        paths, cached_paths = ([m.image_path(i) for i in range(len(m))] for m in (big, small))
 
         def draft(path):
             return pixels(read_image(path, at_least=size * 5 // 4), size)
@@ -402,7 +402,7 @@ def bench_evaluate(count=64):
     with tempfile.TemporaryDirectory() as name:
         manifest = Manifest(make_phantom(Path(name), studies=count, size=256))
         clip = ClinicalCLIP("swin-t", "tiny", graph=False).eval()
-        pixels = torch.stack([clip.transform(read_image(manifest.image_path(manifest[i])))
+        pixels = torch.stack([clip.transform(read_image(manifest.image_path(i)))
                               for i in range(len(manifest))])
 
         def bare():

@@ -490,7 +490,7 @@ def test_two_ranks_measure_what_one_measures(tmp_path):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                    "--nproc-per-node", str(ranks), str(ROOT / "evaluate.py"), str(run), "--data",
                    str(path), "--split", "all", "--out", str(out), "--resamples", "10",
-                   "--workers", "0"]
+                   "--workers", "0", "--figures", str(tmp_path / "figures")]
         done = subprocess.run(command, capture_output=True, text=True, check=False,
                               env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr

@@ -3,10 +3,10 @@
 SPDX-License-Identifier: MIT
 """
 
-import errno
 import itertools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -165,6 +165,8 @@ def test_the_learning_rate_warms_up_and_falls_to_zero_as_a_function_of_the_step(
     assert rates[:10] == pytest.approx([0.1 * k for k in range(1, 11)])
     assert rates[10] == 1.0 and rates[25] == pytest.approx(0.5) and rates[39] < 0.01
     assert train.learning_rate(40, args, 10) == pytest.approx(0)
+    args.warmup_epochs = 0.01  # of a step
+    assert train.learning_rate(0, args, 10) == 1.0
 
 
 # ---------------------------------------------------------------- one gradient
@@ -489,7 +491,7 @@ def test_unreadable_images_are_replaced_and_reported_by_row(phantom, tmp_path, c
     images[5].unlink()
     run(path, tmp_path / "run")
     err = capsys.readouterr().err
-    assert "epoch 0: 2 unreadable images were replaced; training rows [3, 5]" in err
+    assert "epoch 0: 2 unreadable images were replaced; training rows [3, 5], lines" in err
 
 
 def test_an_unreadable_validation_image_stops_the_run_before_it_begins(phantom, tmp_path):
@@ -514,17 +516,20 @@ def test_too_many_unreadable_images_stop_the_run(phantom, tmp_path):
 def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(phantom, uninterrupted, tmp_path,
                                                              monkeypatch, capsys):
     out, save, calls = tmp_path / "run", torch.save, []
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def full(state, file):
         calls.append(1)
-        if len(calls) > 2:
-            file.write(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
+        if len(calls) > 2:  # no file may grow beyond 20 kB from now on
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
         save(state, file)
 
     monkeypatch.setattr(torch, "save", full)
-    run(phantom, out, "--max-steps", "7", "--checkpoint-every", "2")
-    assert "last.pt was not written (No space left on device)" in capsys.readouterr().err
+    try:
+        run(phantom, out, "--max-steps", "7", "--checkpoint-every", "2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "last.pt was not written (File too large)" in capsys.readouterr().err
     assert load_checkpoint(out / "last.pt")["state"]["step"] == 4
     assert not list(out.glob(".*.pt.*"))
     monkeypatch.setattr(torch, "save", save)
@@ -548,6 +553,32 @@ def test_collapsed_soft_labels_warn_once_an_epoch(phantom, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- a user's mistakes
+
+
+def test_one_validation_study_gives_no_number_and_no_end(phantom, tmp_path):
+    lines = [json.loads(line) for line in phantom.read_text().splitlines()]
+    val = [r for r in lines if r["split"] == "val"]
+    kept = [r for r in lines if r["split"] == "train"] + val[:1]
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept))
+    assert len(run(tmp_path / "one.jsonl", tmp_path / "run")) > 12  # two validations
+
+
+def test_fewer_steps_than_were_made_end_the_run_at_once(phantom, tmp_path, capsys):
+    out = tmp_path / "run"
+    run(phantom, out, "--max-steps", "3")
+    saved = load_checkpoint(out / "last.pt")
+    saved["state"]["validated"] = 0  # as a kill between a checkpoint and the validation leaves it
+    torch.save(saved, out / "last.pt")
+    capsys.readouterr()
+    run(phantom, out, "--max-steps", "2", "--resume", "latest")
+    assert json.loads(capsys.readouterr().out)["finished"]
+
+
+def test_an_export_does_not_stand_in_the_way_of_the_same_command(phantom, tmp_path):
+    for _ in range(2):
+        run(phantom, tmp_path / "run", "--max-steps", "1", "--resume", "latest", "--export",
+            str(tmp_path / "exported"))
+    assert (tmp_path / "exported/model.safetensors").exists()
 
 
 def test_an_existing_run_folder_is_never_overwritten(phantom, tmp_path):
