@@ -457,7 +457,7 @@ class Download:
                     return path.with_suffix(suffix).as_posix()
         return None
 
-    def name(self, name):
+    def by_name(self, name):
         """The relative path of the file of this name, in any format (DICOM last), or None."""
         if self.stems is None:
             files = (Path(folder, f) for folder, _, files in os.walk(self.root, followlinks=True)
@@ -589,7 +589,7 @@ def build_openi(official, args):
         indexed = ["No Indexing"] not in parts  # else nobody looked for findings
         targets = {name: int(name in found) for name in MESH.values()} if indexed else None
         for name in names:
-            yield study(uid, name, official.name(name), uid, split_of(uid), report=report,
+            yield study(uid, name, official.by_name(name), uid, split_of(uid), report=report,
                         targets=targets)
 
 
@@ -767,7 +767,7 @@ def build_rsna(official, args):
     names = sorted(found)
     for name, split in zip(names, glorias_split(names), strict=True):
         yield "class Normal" if classes.get(name) == "Normal" else study(
-            name, f"stage_2_train_images/{name}.dcm", official.name(name), name, split,
+            name, f"stage_2_train_images/{name}.dcm", official.by_name(name), name, split,
             targets={"Pneumonia": found[name]})
 
 
@@ -782,7 +782,7 @@ def build_siim(official, args):
     names = rows if args.glorias_rows else sorted(found)
     for k, (name, split) in enumerate(zip(names, glorias_split(names), strict=True)):
         yield study(f"{name}/{k}" if args.glorias_rows else name, f"dicom-images-train/{name}.dcm",
-                    official.name(name), name, split, targets={"Pneumothorax": found[name]})
+                    official.by_name(name), name, split, targets={"Pneumothorax": found[name]})
 
 
 def build_vindr(official, args):
@@ -798,7 +798,7 @@ def build_vindr(official, args):
         for name in names:
             targets = found[name] | {"No Finding": int(not any(found[name].values()))}
             split = split_of(name) if kaggle else "val" if name in val else part
-            yield study(name, f"{part}/{name}.dicom", official.name(name), name, split,
+            yield study(name, f"{part}/{name}.dicom", official.by_name(name), name, split,
                         targets=targets)
 
 
@@ -841,7 +841,7 @@ def build_cxr14(official, args):
         split = split_of(patient)
         if all(lists):
             split = "test" if name in test else "val" if split == "val" else "train"
-        yield study(name, f"images/{row['Image Index']}", official.name(name), patient, split,
+        yield study(name, f"images/{row['Image Index']}", official.by_name(name), patient, split,
                     targets={class_name(c): int(c in own) for c in CXR14},
                     **(pairs or {}).get(name, {}))
 
@@ -880,7 +880,7 @@ def build_cxr_align(official, args):
             condition = CLASS_NAMES.get(str(item.get("chosen")).lower())
             expect(condition and all(isinstance(text, str) for text in texts), file,
                    f"chosen, report, negation and omitted in {source}, entry {k}")
-            path = official.name(name)
+            path = official.by_name(name)
             patient = re.search(r"/p(\d{8})/", path or "")  # in MIMIC-CXR-JPG's folders
             negative = {"condition": condition, "omitted": texts[2], "report": texts[1],
                         "position": item.get("location")}

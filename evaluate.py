@@ -719,7 +719,7 @@ def draw_roc(scores, truth, classes):
         draw.line((left, bottom, left + 180, bottom - 180), "#cccccc")
         s, t = scores[:, k], truth[:, k]
         cuts = np.concatenate([[np.inf], np.unique(s)[::-1]])  # tied scores share one point
-        tpr, fpr = ([(s[t == v] >= cut).mean() for cut in cuts] for v in (1, 0))
+        tpr, fpr = (1 - np.searchsorted(np.sort(s[t == v]), cuts) / (t == v).sum() for v in (1, 0))
         points = [(left + 180 * x, bottom - 180 * y) for x, y in zip(fpr, tpr, strict=True)]
         draw.line(points, "#3b6fb6", 2)
         write(left + 90, bottom - 192, classes[k], "mm", 13)

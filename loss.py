@@ -136,15 +136,16 @@ class DynamicSoftContrastiveLoss(nn.Module):
             own = torch.cat([own, N + own])  # T<->G has rows for the hard negatives too
         tensors = {"scale": scale, **modality}
         leaves, values, size = tensors, 0, self.row_chunk or len(own)
-        if size < len(own) and torch.is_grad_enabled():
+        chunked = size < len(own) and torch.is_grad_enabled()
+        if chunked:
             leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
         for i in range(0, len(own), size):
             terms = self._block(own, slice(i, i + size), B, streams, **leaves)
-            if leaves is not tensors:  # at once: no block is kept, and none computed twice
+            if chunked:  # at once: no block is kept, and none computed twice
                 terms["loss"].backward()
             values = values + torch.stack([x.detach() for x in terms.values()])
         loss = terms["loss"] if size >= len(own) else values[0]
-        if leaves is not tensors:  # adds 0, whose gradient is the sum of the blocks' gradients
+        if chunked:  # adds 0, whose gradient is the sum of the blocks' gradients
             share = sum((x * leaves[name].grad).sum() for name, x in tensors.items())
             loss = loss + (share - share.detach())
         if N > B:  # the value of the whole batch; the gradient stays that of this rank's rows
@@ -230,17 +231,14 @@ class DynamicSoftContrastiveLoss(nn.Module):
             if not torch.is_tensor(x) or x.dim() != 2 or not len(x):
                 raise ValueError(f"{name}: expected a tensor {shape} with rows, got {_shape(x)}")
         hard, graph = (any(word in name for name in inputs) for word in ("hard", "graph"))
-        shapes = [len(image)]
-        for name in ("image", "text", "labels", "hard_text", "hard_labels", "graph", "hard_graph"):
-            x = inputs.get(name)
-            shapes.append(x.shape[-1] if torch.is_tensor(x) else 0)
-            if ("hard" in name and not hard) or ("graph" in name and not graph):
-                continue
+        needed = ["image", "text", "labels"] + ["hard_text", "hard_labels"] * hard
+        needed += ["graph"] * graph + ["hard_graph"] * (hard and graph)
+        for name in needed:
             shape = (len(image), (labels if "labels" in name else image).shape[1])
-            if _shape(x) != shape:
-                beside = [other for other in inputs if "hard" in other or "graph" in other]
-                raise ValueError(f"{name}: expected shape {shape}, got {_shape(x)}"
-                                 + f" beside {', '.join(beside)}" * (x is None))
+            if _shape(inputs.get(name)) != shape:
+                beside = ", ".join(n for n in inputs if n not in ("image", "text", "labels"))
+                raise ValueError(f"{name}: expected shape {shape}, got {_shape(inputs.get(name))}"
+                                 + f" beside {beside}" * (name not in inputs))
         if image.is_cuda and self._values_checked:
             return
         for name, x in inputs.items():
@@ -252,11 +250,12 @@ class DynamicSoftContrastiveLoss(nn.Module):
                 raise ValueError(f"{name}: expected unit rows in {tuple(x.shape)}; use "
                                  "F.normalize(x, dim=-1)")
         if _world() > 1:
+            shapes = [len(image), image.shape[1], labels.shape[1], hard, graph]
             every = [torch.tensor(shapes, device=image.device) for _ in range(_world())]
             dist.all_gather(every, every[dist.get_rank()].clone())
             if any(not torch.equal(x, every[0]) for x in every):
-                raise ValueError("expected the same arguments and shapes on every rank, got rows "
-                                 f"and widths {[x.tolist() for x in every]}")
+                raise ValueError("expected the same arguments and shapes on every rank, got B, D, "
+                                 f"K, hard and graph of {[x.tolist() for x in every]}")
         self._values_checked = True
 
 

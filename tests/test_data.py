@@ -737,6 +737,9 @@ def test_a_manifest_pickles_small_and_reads_the_same(tmp_path):
         '{"id": 1, "image": "a"}',
         '{"id": "a", "image": "b", "split": "dev"}',
         '{"id": "a"}',
+        '{"id": "a", "image": "b", "targets": {"Edema": [1]}}',
+        '{"id": "a", "image": "b", "hard_negatives": [{"labels": null}]}',
+        '{"id": "a", "image": "b", "hard_negatives": [7]}',
         "\xff",
     ],
 )
@@ -943,6 +946,21 @@ def test_the_cache_resumes_and_keeps_the_picture(tmp_path, capsys):
     path = manifest_of(tmp_path / "none", [{"image": "gone.png"}])
     with pytest.raises(ValueError, match="m.jsonl: expected images that can be read"):
         main(["cache", str(path), "--out", str(tmp_path / "new")])
+
+
+def test_one_cache_of_two_manifests_with_equal_ids_keeps_their_images_apart(tmp_path):
+    for grey, name in ((40, "one"), (200, "two")):
+        path = manifest_of(tmp_path / name, [{}], f"{name}.jsonl")
+        Image.new("L", (9, 9), grey).save(tmp_path / name / "a.png")
+        main(["cache", str(path), "--out", str(tmp_path / "c"), "--workers", "0"])
+    for grey, name in ((40, "one"), (200, "two")):
+        cached = Manifest(tmp_path / f"c/{name}.jsonl")
+        assert abs(read_image(cached.image_path(0)).getpixel((4, 4)) - grey) < 3
+
+
+def test_a_killed_reading_process_ends_the_work_and_does_not_hang():
+    with pytest.raises(OSError, match="a reading process was killed"):
+        list(data.run_jobs(os._exit, [1, 1, 1], 2, "images"))
 
 
 # ---------------------------------------------------------------- the phantom

@@ -176,7 +176,7 @@ def test_terms_add_up_to_the_loss_and_positives_are_effective_numbers():
     out, _ = value_and_gradients(DynamicSoftContrastiveLoss(**SETTINGS), batch,
                                  torch.tensor(2.0, dtype=torch.float64, requires_grad=True))
     pairs = [f"{a}_{b}" for a, b in itertools.permutations(("image", "text", "graph"), 2)]
-    assert float(sum(out[p] for p in pairs)) == pytest.approx(float(out["loss"]))
+    assert float(sum(out[p] for p in pairs)) == pytest.approx(out["loss"].item())
     assert set(out) == {"loss", *pairs, "positives_text", "positives_clinical", "positives_graph"}
     assert float(out["positives_text"]) == pytest.approx(32)
     assert not any(v.requires_grad for k, v in out.items() if k != "loss")

@@ -471,7 +471,9 @@ def test_mistakes_name_file_and_line_and_show_no_report(tmp_path):
     good = json.dumps({"id": "1", "report": "SECRET effusion."})
     for bad, expected in [("{SECRET", "JSON object"), ('["SECRET"]', "JSON object"),
                           ('{"id": 5, "report": "SECRET"}', "strings id and report"),
-                          ('{"id": "1"}', "strings id and report")]:
+                          ('{"id": "1"}', "strings id and report"),
+                          ('{"id": "1", "report": "SECRET", "graph": [1]}', "graph as RadGraph's"),
+                          ('{"id": "1", "report": "SECRET", "original_report": null}', "as text")]:
         source = tmp_path / "in.jsonl"
         source.write_text(f"{good}\n\n{bad}\n")
         done = run(source, "--out", tmp_path / "out.jsonl", "--workers", 2)
