@@ -167,8 +167,9 @@ def label_vector(labels, uncertain="positive"):
     return np.array([labels.get(name) in ones for name in CONDITIONS], dtype=np.float32)  # (14,)
 
 
-INDEX = np.dtype([("offset", "<i8"), ("patient", "<i8"), ("line", "<i4"), ("positives", "<u2"),
+INDEX = np.dtype([("offset", "<i8"), ("patient", "<i8"), ("line", "<i4"), ("bits", "<u2"),
                   ("split", "u1"), ("negatives", "u1")])
+LABELLED, WITH_GRAPH = 1 << 14, 1 << 15  # in "bits", above the 14 positives
 NO_SPLIT, HEADER = 254, 255  # in "split"
 TYPES = {"id": str, "root": str, "image": str, "split": str, "report": str, "labels": dict,
          "targets": dict, "graph": dict, "original_report": str, "omitted": str,
@@ -180,8 +181,9 @@ class Manifest:
 
     path: JSON Lines; PATH.index.npy beside it is rebuilt when the manifest's size or time changes,
     and kept in memory if the folder is not writable. split: train, val, test or all. image_root
-    replaces every record's "root". Columns, an entry a row: .patients int64 hash, .positives uint16
-    (bit k: CONDITIONS[k] is 1), .hard_negatives uint8 (how many). ValueError names file and line.
+    replaces every record's "root". Columns, an entry a row: .patients int64 hash, .bits uint16 (bit
+    k: CONDITIONS[k] is 1; LABELLED and WITH_GRAPH: the report and each hard negative have these),
+    .hard_negatives uint8 (how many). ValueError names file and line.
     """
 
     def __init__(self, path, split="all", image_root=None):
@@ -190,8 +192,8 @@ class Manifest:
         self.index = _load_index(self.path)
         codes = (SPLITS.index(split),) if split != "all" else (0, 1, 2, NO_SPLIT)
         self.rows = np.flatnonzero(np.isin(self.index["split"], codes)).astype(np.int32)
-        self.patients, self.positives, self.hard_negatives = (
-            self.index[name][self.rows] for name in ("patient", "positives", "negatives"))
+        self.patients, self.bits, self.hard_negatives = (
+            self.index[name][self.rows] for name in ("patient", "bits", "negatives"))
         self.file = open(self.path, "rb", buffering=0)
 
     def __reduce__(self):  # a worker opens the sidecar itself
@@ -257,6 +259,9 @@ def _validate(where, record):
             expect(k == 0 or whole, where, "condition, report and omitted in each hard negative")
             read_radgraph(side.get("graph", {}))
         expect(set(record.get("targets", {}).values()) <= {0, 1}, where, "targets as 0 or 1")
+        pairs = record.get("adversarial", [])
+        right = isinstance(pairs, list) and all(isinstance(p, list) and len(p) == 2 for p in pairs)
+        expect(right, where, "adversarial as a list of [present, absent]")
     except TypeError:  # a list among the values
         raise ValueError(f"{where}: expected labels and targets to be numbers") from None
     except ValueError as error:
@@ -294,6 +299,9 @@ def _index_rows(path, stamp):
                 _validate(f"{path}:{line}", record)  # once, so that later readers can trust it
                 labels, split = record.get("labels", {}), record.get("split")
                 bits = sum(1 << k for k, name in enumerate(CONDITIONS) if labels.get(name) == 1)
+                sides = [record, *record.get("hard_negatives", ())]
+                bits |= LABELLED * all({"report", "labels"} <= side.keys() for side in sides)
+                bits |= WITH_GRAPH * all("graph" in side for side in sides)
                 yield (offset, patient_hash(record.get("patient", record["id"])), line, bits,
                        SPLITS.index(split) if split else NO_SPLIT,
                        min(255, len(record.get("hard_negatives", ()))))
@@ -318,7 +326,7 @@ class Studies(Dataset):
         self.manifest, self.image_size, self.tokenize = manifest, image_size, tokenize
         self.negatives, self.graphs, self.uncertain = negatives, graphs, uncertain
         self.seed = seed
-        bits = manifest.positives & ((1 << len(CONDITIONS) - 1) - 1)  # the 13 besides No Finding
+        bits = manifest.bits & ((1 << len(CONDITIONS) - 1) - 1)  # the 13 besides No Finding
         self.single = np.flatnonzero((bits > 0) & (bits & (bits - 1) == 0)).astype(np.int32)
         stored = manifest.hard_negatives > 0
         expect(not negatives or stored.all() or stored.any() and len(self.single), manifest.path,
@@ -677,7 +685,10 @@ def build_mimic(official, args):
                "with split train, validate or test")
         texts = (official.root / base / f"{folder}.txt" for base in ("", "mimic-cxr-reports"))
         text = next(filter(Path.is_file, texts), None)
-        report = text and join_text(*parse_report(text.read_text("utf-8", "replace")))
+        try:
+            report = text and join_text(*parse_report(text.read_text("utf-8", "replace")))
+        except OSError as error:  # whose message names the patient
+            raise OSError(f"{where}: expected to read its report ({error.strerror})") from None
         if not report:
             yield ("neither findings nor impression" if report is not None else
                    "no report file files/pNN/PATIENT/STUDY.txt here or in mimic-cxr-reports")

@@ -655,13 +655,18 @@ def provenance():
 def table(results):
     """The paper's tables in Markdown: a row for each model, the best value of a column in bold.
 
-    results: contents of result files. A column names set and n, so that only like meets like.
+    results: contents of result files. A column names set, n, split, pool and classes, so that only
+    like meets like.
     """
     tables, names, lines = {}, {result["run"]: result["model"] for result in results}, []
     for result in results:
         for task, entry in result["tasks"].items():
             for column, metric in entry["row"].items():
-                head = f"{result['set']} {column} (n={entry['n']})"
+                # What makes two numbers unlike stands in the head, so that they never share one.
+                more = [f"n={entry['n']}", *(f"pool {entry[k]}" for k in ("pool",) if k in entry),
+                        *(f"{len(entry[k])} classes" for k in ("prompts",) if k in entry)]
+                more += [result["split"]] * (result["split"] != "test")
+                head = f"{result['set']} {column} ({', '.join(more)})"
                 cells = tables.setdefault(TABLE[task], {}).setdefault(head, {})
                 cells[result["run"]] = entry["metrics"][metric]["value"]
     for title, columns in sorted(tables.items()):
@@ -883,7 +888,8 @@ def parse_args(words):
 def load_results(path):
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {key: result[key] for key in ("run", "model", "set", "tasks")}
+        result = {key: result[key] for key in ("model", "set", "tasks")} | result
+        return result | {"run": str(path), "split": result.get("split", "test")}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path}: expected a result file of evaluate.py") from None
 
@@ -912,7 +918,7 @@ def main(argv=None):
     for task in TASKS if args.task == "all" else [args.task]:
         try:
             result["tasks"][task] = TASKS[task](bench)
-        except Unmeasurable as error:
+        except ValueError as error:  # also an unreadable image: the other tasks' numbers stand
             if args.task != "all":
                 raise
             bench.notes.append(f"skipped {task}: {error}")

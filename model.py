@@ -397,13 +397,13 @@ def _build(config: dict, state: dict, path: Path) -> ClinicalCLIP:
 
 def export_model(model: ClinicalCLIP, folder: Path):
     """Write model.safetensors, config.json and the tokenizer: all that `load_model` needs."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()},
-              folder / "model.safetensors")
-    config = {"model_type": "clinical-clip", **model.config}
-    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    weights = {k: v.contiguous() for k, v in model.state_dict().items()}
+    (folder / "model.safetensors").write_bytes(save(weights))  # save_file's are for the owner alone
     model.save_tokenizer(folder / "tokenizer")
+    config = {"model_type": "clinical-clip", **model.config}
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")  # the last
 
 
 def load_model(path, device="cpu"):

@@ -666,11 +666,14 @@ def negated_graph(graph, condition):
 
 def _whole_graph(graph):
     """A RadGraph record, also from {"0": record}; None if it lacks what an edit needs."""
-    keys = {"tokens", "label", "start_ix", "end_ix", "relations"}
-    with contextlib.suppress(KeyError, TypeError, AttributeError):
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
         graph = graph.get("0", graph)
-        if graph["text"].split and all(keys <= set(e) for e in graph["entities"].values()):
-            return graph
+        for name, e in graph["entities"].items():
+            kinds = (e["tokens"], str), (e["label"], str), (e["start_ix"], int), (e["end_ix"], int)
+            good = name.isdigit() and all(isinstance(value, kind) for value, kind in kinds)
+            if not good or any(to not in graph["entities"] for _, to in e["relations"]):
+                return None
+        return graph if isinstance(graph["text"], str) else None
     return None
 
 
@@ -948,12 +951,15 @@ _TOOLS = {}  # of this process: path, seed, labeler, generate, graphs
 def _start_worker(tools):
     _TOOLS.update(tools)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's affair
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    leave_with_parent()
 
 
-def _leave_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
+def leave_with_parent():
+    """For a worker process: end when the parent was killed, instead of waiting for it forever."""
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _checked(path, number, line, labeler):

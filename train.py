@@ -34,11 +34,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import GlobalBatches, Manifest, Studies, check_images, make_phantom
+from data import (
+    LABELLED,
+    WITH_GRAPH,
+    GlobalBatches,
+    Manifest,
+    Studies,
+    check_images,
+    make_phantom,
+)
 from evaluate import provenance, validate
 from loss import DynamicSoftContrastiveLoss, SoftCLIPLoss
 from model import ClinicalCLIP, export_model, load_checkpoint, load_model
-from negations import annotate, minimum, open_atomic, read_jsonl, run_main
+from negations import annotate, leave_with_parent, minimum, open_atomic, read_jsonl, run_main
 
 # A row of Tab. 2: hard negatives (N), graph stream (G), streams of soft labels (D; none: one-hot).
 SYSTEMS = {
@@ -159,6 +167,7 @@ def start_worker(_worker):
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
     for name in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(name, signal.SIG_IGN)
+    leave_with_parent()  # which may be killed; a folder's lock lives as long as they do
     gc.freeze()  # a collection would touch, and so copy, every inherited page
 
 
@@ -221,8 +230,8 @@ def memory_mb(device):
 class Run:
     """What a run carries from step to step, and its record in the run folder, kept by rank 0."""
 
-    def __init__(self, args, folder, rank, world, device, clip, optimizer, num_studies):
-        self.args, self.folder, self.device = args, folder, device
+    def __init__(self, args, rank, world, device, clip, optimizer, num_studies):
+        self.args, self.folder, self.device = args, None, device
         self.rank, self.world, self.num_studies = rank, world, num_studies
         self.clip, self.optimizer = clip, optimizer
         self.state = {"step": 0, "validated": 0, "skipped": 0, "skipped_in_a_row": 0,
@@ -362,15 +371,17 @@ def phantom():
     return str(path)
 
 
-def check_rows(args, rows, fields):
-    """Enough training rows, with what the system needs; looked up in the first of them."""
+def check_rows(args, rows, graphs):
+    """Enough training rows, each with what the system needs."""
     if len(rows) < args.batch_size:
         raise ValueError(f"{rows.path}: expected at least --batch-size {args.batch_size} rows of "
                          f"split train, got {len(rows)}")
-    missing = [name for name in fields if name not in rows[0]]
-    if missing:
-        raise ValueError(f"{rows.path}:{rows.line(0)}: expected {' and '.join(missing)} for "
-                         f"--system {args.system}; run negations.py on it first")
+    needed = LABELLED | WITH_GRAPH if graphs else LABELLED
+    lacking = np.flatnonzero(rows.bits & needed != needed)
+    if len(lacking):
+        raise ValueError(f"{rows.path}:{rows.line(lacking[0])}: expected report, labels"
+                         f"{' and graph' * graphs}, also of each hard negative, for --system "
+                         f"{args.system}; run negations.py on it first")
 
 
 def read_batches(studies, args, step, epoch_steps, rank, world):
@@ -555,7 +566,7 @@ def main(argv=None):
     on_rank_0(lambda: check_images(val_rows, workers), rank, world)  # not after an epoch
 
     negatives, graphs, _ = SYSTEMS[args.system]
-    check_rows(args, train_rows, ("report", "labels", "graph") if graphs else ("report", "labels"))
+    check_rows(args, train_rows, graphs)
     criterion = build_loss(args)
     torch.manual_seed(args.seed)  # weights are the same on all ranks
     clip = ClinicalCLIP(args.image_encoder, args.text_encoder, args.width, args.image_size,
@@ -569,13 +580,14 @@ def main(argv=None):
 
     checkpoint = on_rank_0(lambda: find_checkpoint(args), rank, world)
     saved = load_checkpoint(Path(checkpoint)) if checkpoint else None
-    # Only now, so that a mistake in the flags above leaves no folder behind.
-    folder, locks = on_rank_0(lambda: open_folder(args), rank, world), []
-    on_rank_0(lambda: locks.append(lock_folder(folder)), rank, world)
-    run = Run(args, folder, rank, world, device, clip, optimizer, len(studies))
+    run = Run(args, rank, world, device, clip, optimizer, len(studies))
     if saved:
         run.resume(saved)
     del saved  # as large as the model and its optimiser
+    on_rank_0(lambda: studies[0, 0] and None, rank, world)  # is the image root right?
+    # Only now, so that a mistake above leaves no folder behind.
+    run.folder, locks = on_rank_0(lambda: open_folder(args), rank, world), []
+    on_rank_0(lambda: locks.append(lock_folder(run.folder)), rank, world)
     if run.state["validated"] < total:
         run.start_log(total, len(studies), len(val_rows))
         model = DistributedDataParallel(clip) if world > 1 else clip
@@ -583,10 +595,11 @@ def main(argv=None):
         with contextlib.closing(batches):
             train(run, model, criterion, batches, studies, val_rows, epoch_steps, total)
     if rank == 0:
-        if args.export and run.state["validated"] >= total and not Path(args.export).exists():
-            source = folder if (folder / "last.pt").exists() else checkpoint
+        whole = args.export and (Path(args.export) / "config.json").exists()
+        if args.export and run.state["validated"] >= total and not whole:
+            source = run.folder if (run.folder / "last.pt").exists() else checkpoint
             export_model(load_model(source), Path(args.export))
-        print(json.dumps({"run": str(folder), "system": args.system, "seed": args.seed,
+        print(json.dumps({"run": str(run.folder), "system": args.system, "seed": args.seed,
                           "finished": run.state["validated"] >= total, "step": run.state["step"],
                           "skipped": run.state["skipped"], "unreadable": run.state["unreadable"],
                           "best": run.state["best"],

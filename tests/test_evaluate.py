@@ -533,7 +533,8 @@ def test_compare_puts_the_best_of_many_models_in_bold(tmp_path, capsys):
         metrics = {"A": {"value": number}, "B": {"value": 0.25}}
         entry = {"metrics": metrics, "row": {"A": "A", "B": "B"}, "n": 40 + (name == "third")}
         (tmp_path / f"{name}.json").write_text(json.dumps(
-            {"run": f"runs/{name}", "model": name, "set": "toy", "tasks": {"cxr-align": entry}}))
+            {"run": "runs/a", "model": name, "set": "toy", "split": "test",
+             "tasks": {"cxr-align": entry}}))
     paths = [str(tmp_path / f"{name}.json") for name in ("first", "second", "third")]
     ev.main(["--compare", *paths])
     assert capsys.readouterr().out.splitlines() == [
@@ -541,6 +542,10 @@ def test_compare_puts_the_best_of_many_models_in_bold(tmp_path, capsys):
         "|---|---|---|---|---|",
         "| first | 50.0 | **25.0** | - | - |", "| second | **75.0** | **25.0** | - | - |",
         "| third | - | - | - | 25.0 |"]
+    other = json.loads((tmp_path / "first.json").read_text()) | {"split": "val"}
+    (tmp_path / "val.json").write_text(json.dumps(other))
+    ev.main(["--compare", paths[0], str(tmp_path / "val.json")])
+    assert "| toy A (n=40) | toy B (n=40) | toy A (n=40, val) |" in capsys.readouterr().out
     (tmp_path / "bad.json").write_text("[]")
     with pytest.raises(ValueError, match="bad.json: expected a result file"):
         ev.main(["--compare", str(tmp_path / "bad.json")])

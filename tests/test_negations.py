@@ -473,6 +473,9 @@ def test_mistakes_name_file_and_line_and_show_no_report(tmp_path):
                           ('{"id": 5, "report": "SECRET"}', "strings id and report"),
                           ('{"id": "1"}', "strings id and report"),
                           ('{"id": "1", "report": "SECRET", "graph": [1]}', "graph as RadGraph's"),
+                          ('{"id": "1", "report": "SECRET", "graph": {"text": "a", "entities": {'
+                           '"1": {"tokens": "a", "label": "OBS-DP", "start_ix": null, "end_ix": 0, '
+                           '"relations": []}}}}', "graph as RadGraph's"),
                           ('{"id": "1", "report": "SECRET", "original_report": null}', "as text")]:
         source = tmp_path / "in.jsonl"
         source.write_text(f"{good}\n\n{bad}\n")

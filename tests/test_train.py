@@ -537,6 +537,26 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(phantom, uninterrup
     assert same(weights(out), weights(uninterrupted / "1"))
 
 
+def test_the_reading_processes_of_a_killed_run_leave_its_folder(phantom, tmp_path):
+    out = tmp_path / "run"
+    process = start(phantom, out, "--epochs", "500", "--workers", "4", "--checkpoint-every", "1")
+    wait_for(lambda: steps_done(out) >= 2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    assert len(children) >= 4
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children), 10)
+
+
+def test_a_wrong_image_root_is_one_line_and_no_folder(phantom, tmp_path):
+    lines = [json.loads(line) for line in phantom.read_text().splitlines()]
+    (tmp_path / "t.jsonl").write_text("".join(
+        json.dumps(r) + "\n" for r in lines if r["split"] == "train"))
+    with pytest.raises(ValueError, match="expected images, 20 in a row could not be read"):
+        run(tmp_path / "t.jsonl", tmp_path / "run", "--image-root", str(tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_folder_in_use_is_refused(phantom, tmp_path):
     out = tmp_path / "run"
     process = start(phantom, out, "--epochs", "500")
@@ -593,7 +613,9 @@ def test_an_existing_run_folder_is_never_overwritten(phantom, tmp_path):
 @pytest.mark.parametrize("flags,message", [
     (["--train", "nothing.jsonl"], "nothing.jsonl"),
     (["--train", "bad.jsonl"], "bad.jsonl:2: expected"),
-    (["--train", "raw.jsonl", "--batch-size", "2"], "raw.jsonl:1: expected labels and graph for"),
+    (["--train", "raw.jsonl", "--batch-size", "2"], "raw.jsonl:1: expected report, labels"),
+    (["--train", "half.jsonl", "--batch-size", "2", "--system", "clip"],
+     "half.jsonl:3: expected report, labels, also of each hard negative, for --system clip"),
     (["--train", "mute.jsonl", "--batch-size", "2", "--system", "clip-n"],
      "mute.jsonl: expected hard_negatives to train with"),
     (["--train", "raw.jsonl"], "raw.jsonl: expected at least --batch-size 128 rows of split train"),
@@ -615,6 +637,7 @@ def test_a_mistake_is_one_clear_line_and_exit_status_2(flags, message, phantom, 
     (tmp_path / "raw.jsonl").write_text("".join(raw % k for k in range(4)))
     labelled = raw[:-2] + ', "labels": {"Edema": 1}}\n'
     (tmp_path / "mute.jsonl").write_text("".join(labelled % k for k in range(4)))
+    (tmp_path / "half.jsonl").write_text((labelled % 0) * 2 + (raw % 1) * 2)
     (tmp_path / "bad.jsonl").write_text('{"id": "a/1", "image": "a.png"}\n{"id": \n')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", "--train", str(phantom), *flags])
