@@ -663,9 +663,13 @@ def table(results):
         for task, entry in result["tasks"].items():
             for column, metric in entry["row"].items():
                 # What makes two numbers unlike stands in the head, so that they never share one.
-                more = [f"n={entry['n']}", *(f"pool {entry[k]}" for k in ("pool",) if k in entry),
-                        *(f"{len(entry[k])} classes" for k in ("prompts",) if k in entry)]
-                more += [result["split"]] * (result["split"] != "test")
+                more = [f"n={entry['n']}"]
+                if "pool" in entry:
+                    more.append(f"pool {entry['pool']}")
+                if "prompts" in entry:
+                    more.append(f"{len(entry['prompts'])} classes")
+                if result["split"] != "test":
+                    more.append(result["split"])
                 head = f"{result['set']} {column} ({', '.join(more)})"
                 cells = tables.setdefault(TABLE[task], {}).setdefault(head, {})
                 cells[result["run"]] = entry["metrics"][metric]["value"]
@@ -888,8 +892,8 @@ def parse_args(words):
 def load_results(path):
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
-        result = {key: result[key] for key in ("model", "set", "tasks")} | result
-        return result | {"run": str(path), "split": result.get("split", "test")}
+        return {key: result[key] for key in ("model", "set", "tasks")} | {
+            "run": str(path), "split": result.get("split", "test")}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path}: expected a result file of evaluate.py") from None
 

@@ -311,7 +311,7 @@ class ClinicalCLIP(nn.Module):
 
     @torch.no_grad()
     def clamp_temperature(self):
-        """To be called after each optimiser step."""
+        """Keep 1/temperature in CLIP's bounds; call it after each optimiser step."""
         # ASSUMPTION: the temperature of Eq. 1, Eq. 2 is learned; its inverse stays in [1, 100].
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 

@@ -350,12 +350,12 @@ class Run:
                      f"training rows {rows[:20]}{' ...' * (len(rows) > 20)}, lines "
                      f"{[manifest.line(row) for row in rows[:20]]} of {manifest.path}")
 
-    def stop_for_bad_numbers(self, values, batches):
+    def stop_for_bad_numbers(self, values, batches, manifest):
         terms = [name for name, value in values.items() if not math.isfinite(value)]
         rows = torch.cat([b["index"] for b in batches]).tolist()
         raise ValueError(f"step {self.state['step']}: {MAX_SKIPPED} steps in a row without finite "
                          f"numbers, the last in {', '.join(terms)}; rank {self.rank}'s training "
-                         f"rows there: {rows}")
+                         f"rows there: {rows}, lines {[manifest.line(row) for row in rows]}")
 
 # ---------------------------------------------------------------- data
 
@@ -533,7 +533,7 @@ def train(run, model, criterion, batches, studies, val_rows, epoch_steps, total)
                             text_positives=f"{values['positives_text']:.1f}/{num_texts}")
             bar.update()
             if state["skipped_in_a_row"] == MAX_SKIPPED:
-                run.stop_for_bad_numbers(values, micro)
+                run.stop_for_bad_numbers(values, micro, studies.manifest)
             if bad > MAX_BAD * len(studies):
                 raise ValueError(f"{bad:.0f} images of epoch {epoch} could not be read, more than "
                                  f"{MAX_BAD:.0%}; see python data.py check {studies.manifest.path}")
@@ -562,8 +562,6 @@ def main(argv=None):
     if not len(val_rows) and rank == 0:
         print(f"warning: {val_rows.path} has no row of split val: nothing is validated and there "
               "will be no best.pt", file=sys.stderr)
-    workers = args.workers if len(val_rows) > 1000 else 0
-    on_rank_0(lambda: check_images(val_rows, workers), rank, world)  # not after an epoch
 
     negatives, graphs, _ = SYSTEMS[args.system]
     check_rows(args, train_rows, graphs)
@@ -584,7 +582,10 @@ def main(argv=None):
     if saved:
         run.resume(saved)
     del saved  # as large as the model and its optimiser
-    on_rank_0(lambda: studies[0, 0] and None, rank, world)  # is the image root right?
+    if run.state["validated"] < total:
+        on_rank_0(lambda: studies[0, 0] and None, rank, world)  # is the image root right?
+        workers = args.workers if len(val_rows) > 1000 else 0
+        on_rank_0(lambda: check_images(val_rows, workers), rank, world)  # not after an epoch
     # Only now, so that a mistake above leaves no folder behind.
     run.folder, locks = on_rank_0(lambda: open_folder(args), rank, world), []
     on_rank_0(lambda: locks.append(lock_folder(run.folder)), rank, world)

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -348,6 +349,13 @@ def test_a_finished_run_is_left_as_it_is(phantom, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["finished"]
 
 
+def test_a_finished_run_needs_its_images_no_more(phantom, tmp_path):
+    path, _ = copy_phantom(phantom, tmp_path / "data")
+    run(path, tmp_path / "run", "--max-steps", "1")
+    shutil.rmtree(tmp_path / "data/images")
+    run(path, tmp_path / "run", "--max-steps", "1", "--resume", "latest")
+
+
 def test_resume_latest_of_nothing_starts_afresh(phantom, tmp_path):
     assert set(run(phantom, tmp_path / "run", "--max-steps", "1", "--resume", "latest")) == {1}
 
@@ -469,7 +477,8 @@ def test_ten_steps_of_bad_numbers_stop_the_run_and_name_step_term_and_rows(phant
     monkeypatch.setattr(train, "Studies", OneBadRow)
     monkeypatch.setattr(OneBadRow, "bad_rows", range(10_000))
     with pytest.raises(ValueError, match=r"step 10: 10 steps in a row without finite numbers, the "
-                                         r"last in loss, image_text.*training rows there: \[\d+"):
+                                         r"last in loss, image_text.*training rows there: "
+                                         r"\[\d+.*lines \[\d+"):
         run(phantom, tmp_path / "run", "--epochs", "20")
 
 
