@@ -1,17 +1,17 @@
 """Report graphs and the two-layer graph convolutional network of Sec. 4.3.
 
-Copy this file; it needs torch alone. A report's RadGraph record becomes a small undirected graph
-(`read_radgraph`), many of them one batch (`collate_graphs`), and `GCN` one vector per graph:
+Copy this file; it needs torch alone. A report's RadGraph record is a small undirected graph
+(`read_radgraph`), many of them one batch (`collate_graphs`), and `GCN` gives a vector per graph:
 
     H1 = ReLU(A_hat X W1 + b1)
     H2 = A_hat H1 W2 + b2                  A_hat = D^-1/2 (A + I) D^-1/2
-    g  = mean over the V nodes of H2       D = row sums of A + I
+    g  = mean over the graph's rows of H2  D = row sums of A + I
 
 Kipf & Welling (2017), which the paper's reference [37] uses as well. RadGraph's polarity lives in
 the node label alone ("pneumothorax" is the same phrase whether present or absent), so a caller
 appends the label's one-hot to each node's features.
 
-Symbols: V nodes, E edges, G graphs, P nodes of the largest graph, F input features.
+Symbols: V nodes of all graphs, G graphs, F input features, nnz entries of A + I that are not 0.
 
 SPDX-License-Identifier: MIT
 """
@@ -20,118 +20,20 @@ import torch
 from torch import nn
 
 NODE_LABELS = ("ANAT-DP", "OBS-DP", "OBS-U", "OBS-DA")  # RadGraph 1.0's names, our one-hot's order
-_XL_OBSERVATIONS = {
-    "definitely present": "OBS-DP", "uncertain": "OBS-U", "definitely absent": "OBS-DA"}
+MAX_ENTITIES = 2000  # of one record; published reports have tens
 
 
-def _node_label(label: str) -> str | None:
-    """One of NODE_LABELS for either style ("OBS-DA", "Observation::definitely absent"), or None."""
-    if label in NODE_LABELS:
-        return label
-    kind, *detail = str(label).split("::")
-    # ASSUMPTION: measurements and uncertain anatomy count as present.
-    if kind in ("Anatomy", "ANAT-U"):
-        return "ANAT-DP"
-    if kind == "Observation" and "measurement" in detail:
-        return "OBS-DP"
-    return _XL_OBSERVATIONS.get(detail[-1]) if kind == "Observation" and detail else None
-
-
-def read_radgraph(record: dict) -> tuple[list[str], list[str], list[tuple[int, int]]]:
-    """Read one RadGraph record as a graph.
-
-    record: {"text": ..., "entities": {"1": {"tokens", "label", "relations": [[name, "2"], ...]}}},
-        bare or as the only value of a mapping (the `radgraph` package's {"0": {...}}, PhysioNet's
-        {"p10/p10000032/s50414267.txt": {...}}); {} and a record without entities are empty graphs.
-    Returns phrases (V), labels (V) out of NODE_LABELS, edges as index pairs, one per relation.
-    Raises ValueError naming the entity for an unknown label or a relation to an unknown entity.
-    Source: Jain et al., RadGraph (2021), https://physionet.org/content/radgraph/1.0.0/.
-    """
-    if "entities" not in record and len(record) == 1:
-        inner = next(iter(record.values()))
-        record = inner if isinstance(inner, dict) else record
-    entities = record.get("entities") or {}
-    if not isinstance(entities, dict):
-        raise ValueError(f"RadGraph record: expected entities by name, got a "
-                         f"{type(entities).__name__}")
-    index = {name: i for i, name in enumerate(entities)}
-    phrases, labels, edges = [], [], []
-    for name, entity in entities.items():
-        if not isinstance(entity, dict) or not isinstance(entity.get("tokens"), str):
-            raise ValueError(f"RadGraph entity {name!r}: expected an object with text in tokens")
-        label = _node_label(entity.get("label"))
-        if label is None:
-            raise ValueError(f"RadGraph entity {name!r}: unknown label {entity.get('label')!r}, "
-                             f"expected one of {', '.join(NODE_LABELS)} or RadGraph-XL's names")
-        phrases.append(entity["tokens"])
-        labels.append(label)
-        for pair in entity.get("relations") or ():
-            if not isinstance(pair, list | tuple) or len(pair) != 2:
-                raise ValueError(f"RadGraph entity {name!r}: expected relations as [name, entity]")
-            relation, target = pair
-            if target not in index:
-                raise ValueError(f"RadGraph entity {name!r}: relation {relation!r} points to "
-                                 f"unknown entity {target!r}")
-            edges.append((index[name], index[target]))
-    return phrases, labels, edges
-
-
-def collate_graphs(records: list[dict]) -> dict:
-    """Join RadGraph records into one batch, each distinct phrase listed once.
-
-    Returns "phrases": the distinct phrases; "node": (V,) index into them; "label": (V,) index into
-    NODE_LABELS; "edge_index": (2, E) node indices; "graph_index": (V,) graph of each node;
-    "num_graphs": G. All tensors int64 on the CPU. Raises what `read_radgraph` raises.
-    """
-    phrase_ids: dict[str, int] = {}
-    node, label, edges, graph = [], [], [], []
-    for g, record in enumerate(records):
-        phrases, labels, pairs = read_radgraph(record)
-        edges += [(len(node) + i, len(node) + j) for i, j in pairs]
-        node += [phrase_ids.setdefault(phrase.lower(), len(phrase_ids)) for phrase in phrases]
-        label += [NODE_LABELS.index(name) for name in labels]
-        graph += [g] * len(phrases)
-    return {
-        "phrases": list(phrase_ids),
-        "node": torch.tensor(node, dtype=torch.int64),                             # (V,)
-        "label": torch.tensor(label, dtype=torch.int64),                           # (V,)
-        "edge_index": torch.tensor(edges, dtype=torch.int64).reshape(-1, 2).T,     # (2, E)
-        "graph_index": torch.tensor(graph, dtype=torch.int64),                     # (V,)
-        "num_graphs": len(records),
-    }
-
-
-def _normalize(adjacency: torch.Tensor) -> torch.Tensor:
-    """D^-1/2 (A + I) D^-1/2 of a (..., V, V) adjacency of 0 and 1, made symmetric first."""
-    # ASSUMPTION: relations are undirected, their names unused; a graph is its nodes' mean.
-    a = torch.maximum(adjacency, adjacency.mT)                                     # (..., V, V)
-    a.diagonal(dim1=-2, dim2=-1).fill_(1)  # A + I; a self loop in the data stays one
-    d = a.sum(-1).rsqrt()                                                          # (..., V)
-    return d[..., :, None] * a * d[..., None, :]                                   # (..., V, V)
-
-
-def normalized_adjacency(edge_index: torch.Tensor, num_nodes: int) -> torch.Tensor:
-    """A_hat = D^-1/2 (A + I) D^-1/2 of one graph, as a dense float32 matrix.
-
-    edge_index: (2, E) int64, undirected edges given once; an edge given twice, in either direction,
-        counts once, since A is 0 or 1.
-    num_nodes: V; nodes without an edge keep themselves (A_hat[i, i] = 1).
-    Returns (V, V); `GCN` does the same for a whole batch. Source: Kipf & Welling (2017).
-    """
-    a = torch.zeros(num_nodes, num_nodes, device=edge_index.device)                # (V, V)
-    a[edge_index[0], edge_index[1]] = 1
-    return _normalize(a)
+class GraphError(ValueError):
+    """A record that is no RadGraph record. It names an entity by its place, never by its words."""
 
 
 class GCN(nn.Module):
     """Two graph convolutions, ReLU between them, then the mean over each graph's nodes (Sec. 4.3).
 
     in_features, hidden_features, out_features: widths F -> hidden -> out.
-    Report graphs have tens of nodes, so a batch is one dense, padded (G, P, P) adjacency: two
-    batched products, no scatter, the same result on every run.
     """
 
-    def __init__(self, in_features: int, hidden_features: int, out_features: int):
+    def __init__(self, in_features, hidden_features, out_features):
         super().__init__()
         self.layer1 = nn.Linear(in_features, hidden_features)
         self.layer2 = nn.Linear(hidden_features, out_features)
@@ -139,40 +41,140 @@ class GCN(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x, edge_index, graph_index, num_graphs):
-        """Encode a batch of graphs.
+    def forward(self, x, a_hat, graph_index, sizes):
+        """Encode a batch of graphs, outside autocast: all numbers in the weights' precision.
 
-        x: (V, F) features of all graphs' nodes; edge_index: (2, E) int64, edges given once, both
-        ends in one graph; graph_index: (V,) int64 in [0, num_graphs), in any order;
-        num_graphs: G. Returns (G, out_features); a graph without nodes gives zeros.
-        Raises ValueError for shapes that do not fit together.
+        x: (V, F) features of all graphs' nodes. a_hat: (V, V), from `sparse_a_hat`. graph_index:
+        (V,) int64, each node's graph. sizes: (G,) nodes of each graph, at least 1.
+        Returns (G, out_features). Torch raises RuntimeError for shapes that do not fit.
         """
-        if x.dim() != 2 or graph_index.shape != x.shape[:1]:
-            raise ValueError(f"expected x (V, F) and graph_index (V,), got {tuple(x.shape)} and "
-                             f"{tuple(graph_index.shape)}")
-        if edge_index.dim() != 2 or edge_index.shape[0] != 2:
-            raise ValueError(f"expected edge_index (2, E), got {tuple(edge_index.shape)}")
-        if bool((edge_index < 0).any()) or bool((graph_index < 0).any()):
-            raise ValueError("expected edge_index and graph_index of at least 0")
-        size = torch.bincount(graph_index, minlength=num_graphs)                   # (G,) nodes
-        if size.shape[0] != num_graphs:
-            raise ValueError(f"expected graph_index below num_graphs = {num_graphs}")
-        largest = int(size.max()) if x.shape[0] else 0
-        if not largest:
-            return x.new_zeros(num_graphs, self.layer2.out_features)               # (G, out)
-        order = graph_index.argsort(stable=True)                                   # (V,)
-        place = torch.empty_like(order)
-        place[order] = (torch.arange(len(order), device=x.device)
-                        - (size.cumsum(0) - size)[graph_index[order]])             # (V,)
-        i, j = edge_index
-        a = torch.zeros(num_graphs, largest, largest, device=x.device)             # (G, P, P)
-        a[graph_index[i], place[i], place[j]] = 1
-        a_hat = _normalize(a).to(x.dtype)                                          # (G, P, P)
-        h = x @ self.layer1.weight.T                                               # (V, hidden)
-        h = h.new_zeros(num_graphs, largest, h.shape[1]).index_put((graph_index, place), h)
-        h = torch.relu(a_hat @ h + self.layer1.bias)                               # (G, P, hidden)
-        # The mean over nodes and the second layer are both linear: mean(A_hat H1) first, then W2.
-        real = torch.arange(largest, device=x.device) < size[:, None]              # (G, P)
-        mean = real.to(x.dtype) / size.clamp(min=1)[:, None]                       # (G, P)
-        h = (mean[:, None] @ a_hat @ h)[:, 0]                                      # (G, hidden)
-        return self.layer2(h) * (size > 0)[:, None]                                # (G, out)
+        with torch.autocast(x.device.type, enabled=False):
+            w1, w2 = self.layer1.weight.T, self.layer2.weight.T
+            h1 = torch.relu(SymmetricProduct.apply(a_hat, x @ w1) + self.layer1.bias)  # (V, hidden)
+            h2 = SymmetricProduct.apply(a_hat, h1 @ w2) + self.layer2.bias         # (V, out)
+            total = h2.new_zeros(len(sizes), h2.shape[1]).index_add(0, graph_index, h2)  # (G, out)
+            return total / sizes[:, None]                                          # (G, out)
+
+
+class SymmetricProduct(torch.autograd.Function):
+    """A_hat X, whose gradient is a product with A_hat again.
+
+    Torch would use the transpose, which it has to sort first; on a GPU that waits for the device.
+    """
+
+    @staticmethod
+    def forward(ctx, a_hat, x):
+        ctx.a_hat = a_hat
+        return a_hat @ x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, ctx.a_hat @ grad
+
+
+def sparse_a_hat(graphs):
+    """A_hat of a batch of `collate_graphs`: sparse (V, V), on the device where its numbers are."""
+    nodes = len(graphs["node"])
+    # Its pairs are sorted and distinct: no check, no sum of equal ones has to wait for the device.
+    return torch.sparse_coo_tensor(graphs["a_indices"], graphs["a_values"], (nodes, nodes),
+                                   is_coalesced=True, check_invariants=False)
+
+
+def collate_graphs(records):
+    """Join a list of RadGraph records into one batch: all that needs no weights, on the CPU.
+
+    Returns "phrases": the batch's distinct phrases, in lower case; "node": (V,) int64 index into
+    them, -1 for the one empty node of a report without entities; "label": (V,) int64 index into
+    NODE_LABELS, 0 for the empty node; "a_indices": (2, nnz) int64 and "a_values": (nnz,) float32
+    of A_hat; "graph_index": (V,) int64, each node's graph; "sizes": (G,) float32, nodes of each.
+    Raises GraphError.
+    """
+    phrase_index = {}
+    node, label, graph_index, pairs = [], [], [], []
+    for g, record in enumerate(records):
+        phrases, labels, edges = read_radgraph(record)
+        first = len(node)
+        for phrase in phrases:
+            node.append(phrase_index.setdefault(phrase.lower(), len(phrase_index)))
+        label += [NODE_LABELS.index(name) for name in labels]
+        if not phrases:
+            node.append(-1)
+            label.append(0)
+        graph_index += [g] * (len(node) - first)
+        pairs += [(first + i, first + j) for i, j in edges]
+    # ASSUMPTION: relations are undirected, their names unused; a graph is its nodes' mean.
+    pairs += [(j, i) for i, j in pairs] + [(i, i) for i in range(len(node))]  # A + I
+    # Sorted; an edge given twice or both ways, or a self loop in the data, counts once.
+    a_indices = torch.tensor(sorted(set(pairs))).T.contiguous()                    # (2, nnz)
+    degree = a_indices[0].bincount().float()                                       # (V,)
+    return {
+        "phrases": list(phrase_index),
+        "node": torch.tensor(node),                                                # (V,)
+        "label": torch.tensor(label),                                              # (V,)
+        "a_indices": a_indices,
+        "a_values": degree[a_indices].prod(0).rsqrt(),                             # (nnz,)
+        "graph_index": torch.tensor(graph_index),                                  # (V,)
+        "sizes": torch.tensor(graph_index).bincount().float(),                     # (G,)
+    }
+
+
+def read_radgraph(record):
+    """Read one RadGraph record as a graph.
+
+    record: {"text": ..., "entities": {"1": {"tokens", "label", "relations": [[name, "2"], ...]}}},
+        bare or as the only value of a mapping (the `radgraph` package's {"0": {...}}, PhysioNet's
+        {"p10/p10000032/s50414267.txt": {...}}); {} and {"entities": {}} are empty graphs.
+    Returns phrases (V), labels (V) out of NODE_LABELS, edges as index pairs, one per relation.
+    Raises GraphError for anything else, for unknown labels and relations to unknown entities.
+    Source: Jain et al., RadGraph (2021), https://physionet.org/content/radgraph/1.0.0/.
+    """
+    entities = _entities(record)
+    index = {key: i for i, key in enumerate(entities)}
+    phrases, labels, edges = [], [], []
+    for i, entity in enumerate(entities.values()):
+        where = f"RadGraph entity {i + 1}"
+        if not isinstance(entity, dict) or not isinstance(entity.get("tokens"), str):
+            raise GraphError(f"{where}: expected an object with text in tokens")
+        label = _node_label(str(entity.get("label")))
+        if label is None:
+            raise GraphError(f"{where}: expected a label of RadGraph or of RadGraph-XL")
+        phrases.append(entity["tokens"])
+        labels.append(label)
+        try:
+            edges += [(i, index[target]) for _, target in entity.get("relations", [])]
+        except (KeyError, TypeError, ValueError):
+            raise GraphError(f"{where}: expected relations as a list of [name, entity of the "
+                             "record]") from None
+    return phrases, labels, edges
+
+
+def _entities(record):
+    """The entities of a record, which may be the only value of a mapping."""
+    if isinstance(record, dict) and len(record) == 1 and "entities" not in record:
+        record = next(iter(record.values()))
+    if record == {}:
+        return {}
+    if not isinstance(record, dict) or not isinstance(record.get("entities"), dict):
+        raise GraphError("expected a RadGraph record, an object with entities by name")
+    if len(record["entities"]) > MAX_ENTITIES:
+        raise GraphError(f"expected at most {MAX_ENTITIES} entities in a RadGraph record")
+    return record["entities"]
+
+
+def _node_label(label):
+    """One of NODE_LABELS for either style ("OBS-DA", "Observation::definitely absent"), or None."""
+    # ASSUMPTION: measurements and uncertain anatomy count as present.
+    if label == "ANAT-U" or label.startswith("Anatomy::"):
+        return "ANAT-DP"
+    if label.startswith("Observation::measurement::"):
+        return "OBS-DP"
+    if label in NODE_LABELS:
+        return label
+    return XL_LABELS.get(label)
+
+
+XL_LABELS = {
+    "Observation::definitely present": "OBS-DP",
+    "Observation::uncertain": "OBS-U",
+    "Observation::definitely absent": "OBS-DA",
+}

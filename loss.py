@@ -17,15 +17,16 @@ similarities inside a modality, and the softmax of the similarities across modal
     L = mean over rows of KL(y_hat || p)          Eq. 6, Eq. 7
     total = sum over ordered pairs of w_T L_t + w_C L_c + w_G L_g   Eq. 10
 
-Each product is computed once, and the streams' labels are mixed first, since log p meets them
-linearly; the 18 terms of Eq. 10 one by one are `literal_loss` in tests/test_loss.py.
+`_equations` is this list in code; the 18 KL terms of Eq. 10 one by one are `literal_loss` in
+tests/test_loss.py. SigmoidSoftContrastiveLoss puts the same soft labels into SigLIP's loss.
 
-Under torch.distributed every rank passes its own rows, in equal numbers. Rows of all ranks are
-gathered, each rank evaluates the rows that are its own, and the mean of gradients that
-DistributedDataParallel takes is the gradient of the loss of the whole batch.
+Under torch.distributed every rank passes its own rows, in equal numbers. They are compared with the
+rows of all ranks, the columns, and the mean of gradients that DistributedDataParallel takes is the
+gradient of the loss of the whole batch.
 
-Symbols: B rows of this rank, N = world x B rows of all ranks, M columns (2N with hard negatives,
-else N), R rows of one block, R1 of them of T1; D embedding width, K labels.
+Symbols: B studies of this rank, N = world x B studies of all; M columns of texts, 2N with hard
+negatives, else N; R rows of texts, 2B with hard negatives and graphs, else B; n rows and m columns
+of a pair; D embedding width, K labels.
 
 SPDX-License-Identifier: MIT
 """
@@ -34,33 +35,33 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+STREAMS = {"text": "text", "clinical": "labels", "graph": "graph"}  # whose rows S compares
+PAIRS = (("image", "text"), ("image", "graph"), ("text", "graph"))  # each is taken both ways
 
 
-def above_threshold(similarity: torch.Tensor, tau: float, own: torch.Tensor) -> torch.Tensor:
-    """y of Eq. 4, Eq. 5 and Eq. 9, before its rows are normalised.
-
-    similarity: (R, M) in [-1, 1]; tau: in [0, 1); own: (R,) column of each row's own item.
-    Returns (R, M), non-negative.
-    """
-    y = (similarity - tau).div_(1 - tau).clamp_(min=0)                        # (R, M)  Eq. 4
+def above_threshold(similarity: torch.Tensor, threshold: float, diagonal) -> torch.Tensor:
+    """y of Eq. 4, Eq. 5, Eq. 9 before its rows are normalised; arguments as in `soft_labels`."""
+    y = (similarity - threshold).div_(1 - threshold).clamp_(0, 1)             # (n, m)
     # ASSUMPTION: the diagonal is 1 before row normalisation, for rows without labels.
-    return y.scatter_(1, own[:, None], 1.0)
+    return y.scatter_(1, diagonal[:, None], 1.0)
 
 
-def soft_labels(similarity: torch.Tensor, threshold: float) -> torch.Tensor:
+def soft_labels(similarity: torch.Tensor, threshold: float, diagonal=None) -> torch.Tensor:
     """y_hat of Eq. 4, Eq. 5, Eq. 9: similarities above the threshold, stretched; rows sum to 1.
 
-    The same for a whole matrix as the loss does by blocks of rows. similarity: (n, n), entries in
-    [-1, 1]; threshold: tau in [0, 1).
-    Returns (n, n) without gradient, float32 or float64. Raises ValueError for another shape or tau.
+    similarity: S, (n, m), entries in [-1, 1]; (n, n) without `diagonal`.
+    threshold: tau in [0, 1).
+    diagonal: (n,) the column in which row i is compared with itself; i by default.
+    Returns (n, m) without gradient, float32 or float64. Raises ValueError for another threshold.
     """
     if not 0 <= threshold < 1:
         raise ValueError(f"threshold: expected a number in [0, 1), got {threshold}")
-    if similarity.dim() != 2 or similarity.shape[0] != similarity.shape[1]:
-        raise ValueError(f"similarity: expected (n, n), got {tuple(similarity.shape)}")
-    s = similarity.detach().to(torch.promote_types(similarity.dtype, torch.float32))
-    y = above_threshold(s, threshold, torch.arange(len(s), device=s.device))
-    return y / y.sum(1, keepdim=True)                                         # (n, n)
+    if diagonal is None:
+        diagonal = torch.arange(len(similarity), device=similarity.device)
+    S = similarity.detach().to(torch.promote_types(similarity.dtype, torch.float32))
+    return F.normalize(above_threshold(S, threshold, diagonal), p=1)          # (n, m)
 
 
 class DynamicSoftContrastiveLoss(nn.Module):
@@ -70,9 +71,9 @@ class DynamicSoftContrastiveLoss(nn.Module):
     tau_text, tau_clinical, tau_graph: thresholds of Eq. 4, 5, 9, in [0, 1).
     soft: False gives CLIP: one cross-entropy with one-hot labels per ordered pair, in which case
         weights and thresholds are ignored. It is the sum over pairs, so twice CLIP's usual mean.
-    row_chunk: evaluate that many rows at a time; same values and gradients, with memory of
-        row_chunk x M instead of M x M.
-    Raises ValueError for a weight or threshold out of range.
+    row_chunk: evaluate that many studies at a time, and again in the backward pass: same values
+        and gradients, with memory of row_chunk x M instead of M x M.
+    Raises ValueError for a setting out of range.
     """
 
     # ASSUMPTION: thresholds and weights are unpublished; tests/study.py chose these.
@@ -87,7 +88,7 @@ class DynamicSoftContrastiveLoss(nn.Module):
             raise ValueError(f"weights: expected finite numbers of at least 0, got {self.weights}")
         if not all(0 <= tau < 1 for tau in self.thresholds.values()):
             raise ValueError(f"thresholds: expected numbers in [0, 1), got {self.thresholds}")
-        if row_chunk is not None and (row_chunk < 1 or row_chunk != int(row_chunk)):
+        if row_chunk is not None and row_chunk < 1:
             raise ValueError(f"row_chunk: expected None or a number of rows, got {row_chunk}")
 
     def forward(self, image, text, labels, logit_scale, *, hard_text=None, hard_labels=None,
@@ -101,162 +102,126 @@ class DynamicSoftContrastiveLoss(nn.Module):
         Returns "loss" (Eq. 10, a scalar) and detached scalars: the share of each ordered pair
         ("image_text", ...), which add up to the loss, and "positives_text", "_clinical", "_graph",
         the effective number of positives exp(entropy) of a row of soft labels, averaged.
-        Raises ValueError naming the argument and its shape; row lengths, signs and other ranks'
-        shapes are checked on the CPU always, on CUDA in the first call only, so that no later call
-        waits for the device. NaN in a row is no error: the loss is NaN, and a step can be skipped.
+        Raises ValueError naming the argument and its shape. Row lengths, signs, other ranks' shapes
+        and settings are checked on the CPU always, on CUDA in the first call only, so that no later
+        call waits for the device. A row of NaN, infinity or zeros (which F.normalize makes of one
+        that overflows) is no error: the loss is not finite, and the step can be skipped.
         """
-        inputs = {"image": image, "text": text, "hard_text": hard_text,
-                  "graph": graph, "hard_graph": hard_graph,
-                  "labels": labels, "hard_labels": hard_labels}
-        inputs = {name: x for name, x in inputs.items() if x is not None}
-        self._check(inputs)
-        # Half precision is raised: similarities, softmax and KL need at least float32.
-        dtype = torch.promote_types(image.dtype, torch.float32)
-        with torch.autocast(image.device.type, enabled=False):
-            inputs = {name: x.to(dtype) for name, x in inputs.items()}
-            scale = torch.as_tensor(logit_scale, dtype=dtype, device=image.device)
-            if scale.numel() != 1:
-                raise ValueError(f"logit_scale: expected a scalar, got {tuple(scale.shape)}")
-            return self._loss(_gather(inputs), scale, len(image))
+        return self._evaluate({"image": image, "text": text, "labels": labels,
+                               "hard_text": hard_text, "hard_labels": hard_labels,
+                               "graph": graph, "hard_graph": hard_graph}, logit_scale)
 
-    def _loss(self, inputs, scale, B):
-        """Eq. 10 of the inputs of all ranks; the rows with index `own` are this rank's."""
-        modality = {"image": inputs["image"], "text": _join(inputs, "text")}  # v (N, D), T (M, D)
-        streams = {"text": modality["text"], "clinical": _join(inputs, "labels")}     # C (M, K)
-        if "graph" in inputs:
-            modality["graph"] = streams["graph"] = _join(inputs, "graph")     # (M, D)  G = [G1; G2]
-        # ASSUMPTION: soft labels carry no gradient.
-        # ASSUMPTION: C is L2-normalised here; a report without labels is a zero row.
-        # T and G too: rows that were normalised in half precision are off by up to 0.6 %.
-        streams = {name: F.normalize(x.detach(), dim=1) for name, x in streams.items()}
-        N, M = len(modality["image"]), len(modality["text"])
-        first = (dist.get_rank() if N > B else 0) * B
-        own = torch.arange(first, first + B, device=scale.device)             # (B,)
-        if "graph" in modality and M > N:
-            own = torch.cat([own, N + own])  # T<->G has rows for the hard negatives too
-        tensors = {"scale": scale, **modality}
-        leaves, values, size = tensors, 0, self.row_chunk or len(own)
-        chunked = size < len(own) and torch.is_grad_enabled()
-        if chunked:
-            leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
-        for i in range(0, len(own), size):
-            terms = self._block(own, slice(i, i + size), B, streams, **leaves)
-            if chunked:  # at once: no block is kept, and none computed twice
-                terms["loss"].backward()
-            values = values + torch.stack([x.detach() for x in terms.values()])
-        loss = terms["loss"] if size >= len(own) else values[0]
-        if chunked:  # adds 0, whose gradient is the sum of the blocks' gradients
-            share = sum((x * leaves[name].grad).sum() for name, x in tensors.items())
-            loss = loss + (share - share.detach())
-        if N > B:  # the value of the whole batch; the gradient stays that of this rank's rows
-            dist.all_reduce(values)
-            values /= dist.get_world_size()
-            loss = loss + (values[0] - loss.detach())
-        return dict(zip(terms, values, strict=True)) | {"loss": loss}
-
-    def _block(self, own, part, B, streams, scale, **modality):
-        """All terms of Eq. 10 of the rows own[part], as shares of the means over all rows.
-
-        own: indices into [T1; T2] of all ranks, the first B of them into T1. streams: unit rows
-        "text" T, "clinical" C, "graph" G, (M, .). modality: "image" (N, D), "text", "graph" (M, D).
-        """
-        N, M = len(modality["image"]), len(modality["text"])
-        rows, R1 = own[part], len(own[:B][part])  # (R,), and how many of them are of T1
-        whole = N == B and len(rows) == len(own)  # one rank, one block
-        targets, positives = self._targets(rows, R1, N, streams, scale)
-        logits, terms = {}, {}
-        for a in modality:
-            for b in modality:
-                if a == b:
-                    continue
-                # "we use T1 and G1 instead of T and G when compared with I" (Eq. 10).
-                # ASSUMPTION: T1, G1 are rows against I; I->T and I->G keep the 2B columns of Eq. 1.
-                # ASSUMPTION: T<->G compares all 2B rows; each KL is the mean over its rows.
-                r, count = (R1, B) if "image" in (a, b) else (len(rows), len(own))
-                m = N if b == "image" else M
-                if whole and (b, a) in logits:  # the same products, seen from the other side
-                    z = logits[b, a][:, :r].T.contiguous()                    # (r, m)
-                else:
-                    left = modality[a] if whole else modality[a][rows[:r]]    # (r, D)
-                    z = scale * left @ modality[b][:m].T                      # (r, m)
-                    logits[a, b] = z
-                if self.soft:  # p = softmax(z) of Eq. 1, Eq. 2, for all streams k at once:
-                    # sum_k w_k KL(y_hat_k || p) = -sum_k w_k H(y_hat_k) - (sum_k w_k y_hat_k) log p
-                    y_hat, entropy = targets["square" if m < M else "wide"]
-                    kl = F.cross_entropy(z, y_hat[:r], reduction="sum") - entropy[:r].sum()
-                else:
-                    # ASSUMPTION: systems without D have one cross-entropy per ordered pair.
-                    kl = F.cross_entropy(z, rows[:r], reduction="sum")
-                terms[f"{a}_{b}"] = kl / count                                # Eq. 6, Eq. 7
-        positives = {f"positives_{name}": x / len(own) for name, x in positives.items()}
+    def _equations(self, rows, columns, scale):
+        """Eq. 1-10 of this rank's rows against the columns of all ranks; each term is a mean."""
+        x, X = _join(rows), _join(columns)             # v, T = [T1; T2], C = [C1; C2], G = [G1; G2]
+        B, N, M = len(x["image"]), len(X["image"]), len(X["text"])
+        diagonal = x["diagonal"]                                              # (R,)
+        streams = {k: name for k, name in STREAMS.items() if name in x}
+        terms, positives = {}, {f"positives_{k}": torch.ones_like(scale) for k in streams}
+        if self.soft:
+            # sum_k w_k y_hat_k and sum_k w_k H(y_hat_k), for N columns and for M.
+            targets, entropy = {N: 0, M: 0}, {N: 0, M: 0}
+            for k, name in streams.items():
+                # ASSUMPTION: soft labels carry no gradient.
+                # ASSUMPTION: C is L2-normalised here; a report without labels is a zero row.
+                # T and G too: rows that were normalised in half precision are off by up to 0.6 %.
+                S = _unit(x[name]) @ _unit(X[name]).T                         # (R, M)  Eq. 3, Eq. 8
+                y_hat = self._soft_labels(S, k, diagonal, scale)              # (R, M)  Eq. 4, 5, 9
+                # ASSUMPTION: T1->I and G1->I take the top-left N x N of y, re-normalised.
+                square = F.normalize(y_hat[:B, :N], p=1)                      # (B, N)
+                for m, y in {N: square, M: y_hat}.items():
+                    H = _entropy(y).sum(1)                                    # (B,) or (R,)
+                    targets[m] += self.weights[k] * y
+                    entropy[m] += self.weights[k] * H
+                positives[f"positives_{k}"] = H.exp().mean()
+        else:
+            # ASSUMPTION: systems without D have one cross-entropy per ordered pair.
+            targets = {N: diagonal[:B], M: diagonal}  # one-hot rows, as class indices
+            entropy = {N: 0.0 * diagonal[:B], M: 0.0 * diagonal}
+        for a, b in PAIRS:
+            if b not in x:
+                continue
+            # "we use T1 and G1 instead of T and G when compared with I" (Eq. 10).
+            # ASSUMPTION: T1, G1 are rows against I; I->T and I->G keep the 2B columns of Eq. 1.
+            # ASSUMPTION: T<->G compares all 2B rows; each KL is the mean over its rows.
+            z_ab = scale * x[a] @ X[b].T                                      # (n, M)  Eq. 1
+            if B == N:  # all rows are here: the same products, seen from the other side
+                z_ba = z_ab[:, :len(X[a])].T.contiguous()
+            else:
+                z_ba = scale * x[b][:len(x[a])] @ X[a].T                      # (n, m)  Eq. 2
+            for pair, z in ((f"{a}_{b}", z_ab), (f"{b}_{a}", z_ba)):
+                # sum_k w_k KL(y_hat_k || p) = -sum_k w_k H(y_hat_k) - (sum_k w_k y_hat_k) log p
+                n, m = z.shape
+                terms[pair] = F.cross_entropy(z, targets[m][:n]) - entropy[m][:n].mean()  # Eq. 6, 7
         return {"loss": sum(terms.values()), **terms, **positives}            # Eq. 10
 
-    @torch.no_grad()
-    def _targets(self, rows, R1, N, streams, scale):
-        """Soft labels of a block of rows, all streams mixed: sum_k w_k y_hat_k.
+    def _soft_labels(self, similarity, stream, diagonal, scale):
+        return soft_labels(similarity, self.thresholds[stream], diagonal)
 
-        Returns {"wide": ((R, M), (R,)), "square": ((R1, N), (R1,))}, the latter of T1, G1 against I
-        where N < M: mixed rows with their sum_k w_k H(y_hat_k); and exp(entropy) of each stream,
-        summed over rows.
-        """
-        if not self.soft:
-            return {}, dict.fromkeys(streams, scale.new_tensor(len(rows)))
-        targets, positives = {}, {}
-        for name, x in streams.items():
-            w, M = self.weights[name], len(x)
-            s = x[rows] @ x.T                                                 # (R, M)  Eq. 3, Eq. 8
-            y = self._unnormalised(s, self.thresholds[name], rows, scale)     # (R, M)  Eq. 4, 5, 9
-            y_log_y = y.clamp(min=1e-30).log_().mul_(y)  # 0 log 0 = 0; xlogy takes 8 times as long
-            # ASSUMPTION: T1->I and G1->I take the top-left N x N of y, re-normalised.
-            for kind, r, m in (("wide", len(rows), M), ("square", R1, N))[:1 + (N < M)]:
-                total = y[:r, :m].sum(1)                                      # (r,)
-                entropy = total.log() - y_log_y[:r, :m].sum(1) / total        # (r,)  H(y_hat)
-                y_hat = y[:r, :m] * (w / total)[:, None]                      # (r, m)  times w
-                if kind in targets:
-                    targets[kind][0].add_(y_hat)
-                    targets[kind][1].add_(w * entropy)
+    def _evaluate(self, inputs, *scalars):
+        """`forward`, at once or in chunks, on one rank or several."""
+        rows, columns = self._prepare(inputs)
+        B, image = len(rows["image"]), rows["image"]
+        scalars = [torch.as_tensor(x, dtype=image.dtype, device=image.device).reshape(())
+                   for x in scalars]
+        size, values = self.row_chunk or B, 0
+        with torch.autocast(image.device.type, enabled=False):
+            for start in range(0, B, size):  # a chunk is a smaller rank
+                chunk = {name: x[start:start + size] for name, x in rows.items()}
+                if size < B:
+                    terms = checkpoint(self._equations, chunk, columns, *scalars,
+                                       use_reentrant=False)
                 else:
-                    targets[kind] = y_hat, w * entropy
-                if kind == "wide":
-                    positives[name] = entropy.exp().sum()
-        return targets, positives
+                    terms = self._equations(chunk, columns, *scalars)
+                values = values + len(chunk["image"]) / B * torch.stack(list(terms.values()))
+        out = dict(zip(terms, _mean_of_ranks(values.detach()), strict=True))
+        # The value of the whole batch, with the gradient of this rank's rows.
+        out["loss"] = values[0] + (out["loss"] - values[0]).detach()
+        return out
 
-    def _unnormalised(self, similarity, tau, rows, scale):
-        return above_threshold(similarity, tau, rows)  # scale is for SoftCLIPLoss
-
-    def _check(self, inputs):
-        """Shapes always; values and the other ranks' batch size where that costs no waiting."""
-        image, labels = inputs.get("image"), inputs.get("labels")
-        for name, x, shape in (("image", image, "(B, D)"), ("labels", labels, "(B, K)")):
-            if not torch.is_tensor(x) or x.dim() != 2 or not len(x):
-                raise ValueError(f"{name}: expected a tensor {shape} with rows, got {_shape(x)}")
-        hard, graph = (any(word in name for name in inputs) for word in ("hard", "graph"))
-        needed = ["image", "text", "labels"] + ["hard_text", "hard_labels"] * hard
-        needed += ["graph"] * graph + ["hard_graph"] * (hard and graph)
-        for name in needed:
-            shape = (len(image), (labels if "labels" in name else image).shape[1])
-            if _shape(inputs.get(name)) != shape:
-                beside = ", ".join(n for n in inputs if n not in ("image", "text", "labels"))
-                raise ValueError(f"{name}: expected shape {shape}, got {_shape(inputs.get(name))}"
-                                 + f" beside {beside}" * (name not in inputs))
-        if image.is_cuda and self._values_checked:
-            return
+    def _prepare(self, inputs):
+        """This rank's rows, checked and in float32 or float64; the columns, rows of all ranks."""
+        inputs = {name: x for name, x in inputs.items() if x is not None}
+        _check_shapes(inputs)
+        image, rows = inputs["image"], {}
         for name, x in inputs.items():
-            if name.endswith("labels"):
-                if not bool(((x >= 0) & (x < float("inf"))).all()):
-                    raise ValueError(f"{name}: expected non-negative, finite values in "
-                                     f"{tuple(x.shape)}; make an uncertain -1 a 1 or a 0")
-            elif float((x.detach().float().norm(dim=1) - 1).abs().max()) > 1e-2:
-                raise ValueError(f"{name}: expected unit rows in {tuple(x.shape)}; use "
-                                 "F.normalize(x, dim=-1)")
+            # Half precision is raised: similarities, softmax and KL need at least float32.
+            rows[name] = x.to(torch.promote_types(image.dtype, torch.float32))
+            if "labels" not in name:  # F.normalize makes zeros of a row that overflows
+                rows[name] = torch.where(x.any(1, keepdim=True), rows[name], float("nan"))
+        if not image.is_cuda or not self._values_checked:
+            self._check_values(rows)
+            self._values_checked = True
+        columns = _gather(rows)                                               # (N, .)
+        first = dist.get_rank() * len(image) if _world() > 1 else 0
+        rows["diagonal"] = torch.arange(len(image), device=image.device) + first  # (B,)
+        if "hard_graph" in rows:
+            rows["hard_diagonal"] = rows["diagonal"] + len(columns["image"])
+        else:  # only T<->G has rows for the hard negatives too
+            rows = {name: x for name, x in rows.items() if "hard" not in name}
+        return rows, columns
+
+    def _check_values(self, rows):
+        """Raises ValueError for lengths, signs, and shapes and settings unlike another rank's."""
+        for name, x in rows.items():
+            if "labels" in name:
+                wrong = ~((x >= 0) & (x < float("inf")))
+                wanted = "non-negative, finite values; make an uncertain -1 a 1 or a 0"
+            else:
+                length = x.detach().norm(dim=1)
+                wrong = ((length - 1).abs() > 1e-2) & (length < float("inf"))
+                wanted = "unit rows; use F.normalize(x, dim=-1)"
+            if bool(wrong.any()):
+                raise ValueError(f"{name}: expected {wanted}, got other rows in {tuple(x.shape)}")
         if _world() > 1:
-            shapes = [len(image), image.shape[1], labels.shape[1], hard, graph]
-            every = [torch.tensor(shapes, device=image.device) for _ in range(_world())]
-            dist.all_gather(every, every[dist.get_rank()].clone())
-            if any(not torch.equal(x, every[0]) for x in every):
-                raise ValueError("expected the same arguments and shapes on every rank, got B, D, "
-                                 f"K, hard and graph of {[x.tolist() for x in every]}")
-        self._values_checked = True
+            settings = rows["image"].new_tensor([
+                len(rows), *rows["image"].shape, rows["labels"].shape[1], self.soft,
+                *self.weights.values(), *self.thresholds.values()])
+            of_ranks = [torch.empty_like(settings) for _ in range(_world())]
+            dist.all_gather(of_ranks, settings)
+            if any(not torch.equal(x, settings) for x in of_ranks):
+                raise ValueError("expected the same number of arguments, B, D, K, soft, weights, "
+                                 f"thresholds on every rank, got {[x.tolist() for x in of_ranks]}")
 
 
 class SoftCLIPLoss(DynamicSoftContrastiveLoss):
@@ -267,34 +232,132 @@ class SoftCLIPLoss(DynamicSoftContrastiveLoss):
     def __init__(self, row_chunk=None):
         super().__init__(w_clinical=0.0, w_graph=0.0, row_chunk=row_chunk)
 
-    def _unnormalised(self, similarity, tau, rows, scale):
-        return (scale * (similarity - 1)).exp().scatter_(1, rows[:, None], 1.0)  # (R, M)
+    def _soft_labels(self, similarity, stream, diagonal, scale):
+        return (scale.detach() * similarity).softmax(1)                       # (R, M)
+
+
+class SigmoidSoftContrastiveLoss(DynamicSoftContrastiveLoss):
+    """The same soft labels in SigLIP's loss, where each entry is a yes or no of its own.
+
+        z = sim / temperature + bias
+        L = (1 / rows) sum_ij sum_k w_k KL(Bernoulli(y_k) || Bernoulli(sigmoid(z)))
+
+    y_k is y of Eq. 4, 5, 9 with diagonal 1, not normalised: rows that sum to 1 would pull true
+    duplicates to a probability of 1 / their number. A pair is taken once, not in two directions:
+    image_text (N x M), image_graph (N x M), text_graph (M x M); "loss" is their sum, 0 where the
+    streams agree and are met. Arguments as above; soft=False is SigLIP, with weight 1.
+    """
+
+    # ASSUMPTION: the paper's appendix on other frameworks cannot be had; this one is ours.
+
+    def forward(self, image, text, labels, logit_scale, logit_bias, **others):
+        """Evaluate the loss of a batch: arguments, result and checks as in the softmax loss, and
+
+        logit_bias: added to each logit, a scalar tensor or a float; see `initial_bias`.
+        others: hard_text, hard_labels, graph, hard_graph.
+        Its "positives_text", "_clinical", "_graph" are sums of a row of y, averaged.
+        """
+        inputs = {"image": image, "text": text, "labels": labels, **others}
+        return self._evaluate(inputs, logit_scale, logit_bias)
+
+    @torch.no_grad()
+    def initial_bias(self, text, labels, **others) -> float:
+        """Where to start logit_bias: at the logit of image_text's mean target, in [-10, -1].
+
+        Takes the first batch as `forward` does, without images. The same on all ranks.
+        """
+        rows, columns = self._prepare({"image": text, "text": text, "labels": labels, **others})
+        y = self._targets(_join(rows), _join(columns))[0][:len(text)]         # (B, M)
+        return torch.logit(_mean_of_ranks(y.mean())).clamp(-10, -1).item()
+
+    def _equations(self, rows, columns, scale, bias):
+        """The sum of this rank's rows against the columns of all ranks; each term is a mean."""
+        x, X = _join(rows), _join(columns)
+        y, W, entropy, positives = self._targets(x, X)
+        terms = {}
+        for a, b in PAIRS:
+            if b in x:
+                z = scale * x[a] @ X[b].T + bias                              # (n, M)
+                n = len(z)
+                # BCE is linear in y: sum_k w_k BCE(y_k, z) = W BCE(sum_k w_k y_k / W, z)
+                bce = F.binary_cross_entropy_with_logits(z, y[:n], reduction="sum")
+                terms[f"{a}_{b}"] = (W * bce - entropy[:n].sum()) / n
+        return {"loss": sum(terms.values()), **terms, **positives}
+
+    def _targets(self, x, X):
+        """sum_k w_k y_k / W (R, M), W = sum_k w_k, sum_k w_k H(y_k) (R,), row sums of each y_k."""
+        mixed, W, entropy, positives = 0, 0, 0, {}
+        for k, name in STREAMS.items():
+            if name not in x:
+                continue
+            w, S = self.weights[k], _unit(x[name]) @ _unit(X[name]).T         # (R, M)  Eq. 3, Eq. 8
+            if not self.soft:
+                S.zero_()
+            y = above_threshold(S, self.thresholds[k], x["diagonal"])         # (R, M)  Eq. 4, 5, 9
+            H = (_entropy(y) + _entropy(1 - y)).sum(1)                        # (R,)
+            mixed += w * y
+            entropy += w * H
+            W += w
+            positives[f"positives_{k}"] = y.sum(1).mean()
+        if not self.soft:
+            return y, 1, entropy, positives  # the identity, of weight 1
+        return mixed / max(W, 1e-30), W, entropy, positives
 
 
 # ---------------------------------------------------------------- plumbing
 
 
-def _shape(x):
-    return tuple(x.shape) if torch.is_tensor(x) else None if x is None else type(x).__name__
+def _unit(x):
+    return F.normalize(x.detach())
+
+
+def _entropy(y):
+    """-y log y, 0 at 0, in a third of the time of torch.special.entr on the CPU."""
+    return -y.clamp(min=1e-30).log_().mul_(y)
+
+
+def _join(rows):
+    """v, T = [T1; T2], C = [C1; C2], G = [G1; G2] of Sec. 4.2-4.3, by their names."""
+    joined = dict(rows)
+    for name in rows:
+        if f"hard_{name}" in rows:
+            joined[name] = torch.cat([rows[name], rows[f"hard_{name}"]])
+    return joined
+
+
+def _check_shapes(inputs):
+    """Raises ValueError where arguments are missing or their shapes do not fit together."""
+    names = {"image", "text", "labels"} | inputs.keys() & {"graph"}
+    if any("hard" in name for name in inputs):
+        names |= {f"hard_{name}" for name in names - {"image"}}
+    if names != inputs.keys():
+        raise ValueError(f"expected {', '.join(sorted(names))}, got {', '.join(sorted(inputs))}")
+    image, labels = inputs["image"], inputs["labels"]
+    for name, x in inputs.items():
+        shape = len(image), (labels if "labels" in name else image).shape[-1]
+        if x.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
 
 
 def _world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _gather(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _mean_of_ranks(x):
+    if _world() == 1:
+        return x
+    x = x / _world()
+    dist.all_reduce(x)
+    return x
+
+
+def _gather(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """All ranks' rows of every tensor in one exchange: {name: (B, d)} -> {name: (N, d)}."""
     if _world() == 1:
-        return inputs
-    joined = AllGather.apply(torch.cat(list(inputs.values()), dim=1))         # (N, sum of widths)
-    parts = joined.split([x.shape[1] for x in inputs.values()], dim=1)
-    return dict(zip(inputs, parts, strict=True))
-
-
-def _join(inputs, name):
-    """[X1; X2] of Sec. 4.2, (M, d): reports of all ranks, then their hard negatives."""
-    hard = f"hard_{name}"
-    return torch.cat([inputs[name], inputs[hard]]) if hard in inputs else inputs[name]
+        return dict(rows)
+    packed = AllGather.apply(torch.cat(list(rows.values()), dim=1))           # (N, sum of widths)
+    columns = packed.split([x.shape[1] for x in rows.values()], dim=1)
+    return dict(zip(rows, columns, strict=True))
 
 
 class AllGather(torch.autograd.Function):
@@ -306,9 +369,9 @@ class AllGather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)                                               # (N, D)
+        of_ranks = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(of_ranks, x.contiguous())
+        return torch.cat(of_ranks)                                            # (N, D)
 
     @staticmethod
     def backward(ctx, grad):

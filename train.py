@@ -4,6 +4,8 @@
     torchrun --nproc-per-node 8 train.py --train mimic_neg.jsonl \\
         --image-encoder swin_t.pth --text-encoder emilyalsentzer/Bio_ClinicalBERT --image-size 224
 
+In this order: the systems, one step, the loop; the run folder; data; ranks, seeds, signals; flags.
+
 A run folder holds config.json, log.jsonl (one JSON object a line), last.pt, previous.pt, best.pt
 and the tokenizer. All that happens in a step is a function of (seed, step): data order,
 augmentation, drawn hard negatives, dropout. So a checkpoint needs no random states, and
@@ -16,37 +18,55 @@ import argparse
 import contextlib
 import datetime
 import fcntl
-import functools
 import gc
+import io
+import itertools
 import json
 import math
 import os
 import resource
+import shlex
+import shutil
 import signal
 import sys
 import time
+import traceback
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # noqa: F401, imported later its functions would hold the process group
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (
-    LABELLED,
-    WITH_GRAPH,
     GlobalBatches,
     Manifest,
     Studies,
+    UserError,
     check_images,
+    expect,
     make_phantom,
+    minimum,
+    open_atomic,
+    open_file,
+    read_jsonl,
+    run_main,
 )
 from evaluate import provenance, validate
-from loss import DynamicSoftContrastiveLoss, SoftCLIPLoss
-from model import ClinicalCLIP, export_model, load_checkpoint, load_model
-from negations import annotate, leave_with_parent, minimum, open_atomic, read_jsonl, run_main
+from loss import (
+    DynamicSoftContrastiveLoss,
+    SigmoidSoftContrastiveLoss,
+    SoftCLIPLoss,
+    soft_labels,
+)
+from model import ClinicalCLIP, ModelError, load_checkpoint
+from negations import annotate
 
 # A row of Tab. 2: hard negatives (N), graph stream (G), streams of soft labels (D; none: one-hot).
 SYSTEMS = {
@@ -60,8 +80,657 @@ COLLAPSE = 0.8    # warn when a row of soft labels spreads over this share of it
 MAX_SKIPPED = 10  # non-finite steps in a row that stop a run
 MAX_BAD = 0.05    # share of unreadable images that stops a run
 TIMEOUT = datetime.timedelta(minutes=10)  # of an exchange between ranks: a lost rank ends the run
+PATIENCE = datetime.timedelta(days=1)     # with rank 0, while it validates, saves or checks
 FREE_ON_RESUME = {"out", "resume", "train", "val", "image_root", "workers", "max_steps",
-                  "checkpoint_every", "export", "row_chunk"}  # other flags change the result
+                  "checkpoint_every", "row_chunk"}  # other flags change the result
+
+
+# ---------------------------------------------------------------- one step
+
+
+def build_loss(args):
+    """The loss of --system and --framework; a stream that the system lacks has weight 0."""
+    _, _, streams = SYSTEMS[args.system]
+    if streams == "softclip":
+        return SoftCLIPLoss(row_chunk=args.row_chunk)
+    weights = {"text": args.w_text, "clinical": args.w_clinical, "graph": args.w_graph}
+    for name in weights:
+        if name[0] not in streams:
+            weights[name] = 0.0
+    kind = DynamicSoftContrastiveLoss
+    if args.framework == "sigmoid":
+        kind = SigmoidSoftContrastiveLoss
+    return kind(*weights.values(), args.tau_text, args.tau_clinical, args.tau_graph,
+                soft=streams != "", row_chunk=args.row_chunk)
+
+
+def embed(model, batch, autocast, seed):
+    """Fig. 3's encoders: unit rows (B, D) by name, and the scalars logit_scale, logit_bias."""
+    seed_step(*seed)
+    with autocast:
+        return model(batch)
+
+
+def labels_of(batches):
+    """C1 and, where there are hard negatives, C2 of all micro-batches: (B, 14) by name."""
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]
+            if name in ("labels", "hard_labels")}
+
+
+def plain_step(model, criterion, batch, autocast, seed):
+    """One batch forward and backward: leaves gradients, returns the loss's dict."""
+    losses = criterion(**embed(model, batch, autocast, (*seed, 0)), **labels_of([batch]))
+    losses["loss"].backward()
+    return losses
+
+
+@torch.no_grad()
+def embed_all(model, batches, autocast, seed):
+    """The same of all micro-batches together, without a graph."""
+    embedded = [embed(model, batch, autocast, (*seed, micro))
+                for micro, batch in enumerate(batches)]
+    whole = {}
+    for name, x in embedded[0].items():
+        whole[name] = x.clone()  # a scalar
+        if x.dim() == 2:
+            whole[name] = torch.cat([micro[name] for micro in embedded])      # (B, D)
+    return whole
+
+
+def cached_step(model, criterion, batches, autocast, seed):
+    """The same gradients from micro-batches, with the memory of one: gradient caching.
+
+    Embed all without a graph; take the loss of all rows together, and its gradient with respect
+    to the embeddings; embed each micro-batch again, with the same random state, and send its share
+    of that gradient through the encoders. So every negative of the batch is kept.
+    """
+    count, whole = len(batches), embed_all(model, batches, autocast, seed)
+    for x in whole.values():
+        x.requires_grad_()
+    losses = criterion(**whole, **labels_of(batches))
+    losses["loss"].backward()
+    for micro, batch in enumerate(batches):
+        with contextlib.ExitStack() as stack:
+            if micro < count - 1 and isinstance(model, DistributedDataParallel):
+                stack.enter_context(model.no_sync())  # ranks exchange gradients with the last
+            again = embed(model, batch, autocast, (*seed, micro))
+            shares = []
+            for name, x in again.items():
+                gradient = whole[name].grad
+                shares.append(gradient.chunk(count)[micro] if x.dim() == 2 else gradient / count)
+            torch.autograd.backward(list(again.values()), shares)
+    return losses
+
+
+def learning_rate(step, args, epoch_steps):
+    """Linear warm-up, then half a cosine to zero at the end of --epochs: a function of the step."""
+    warmup, total = args.warmup_epochs * epoch_steps, args.epochs * epoch_steps
+    if step < warmup:
+        return args.lr * min(1, (step + 1) / warmup)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def parameter_groups(model, weight_decay):
+    """Weight decay on matrices alone: none on biases, norms, temperature and the empty node."""
+    decayed, spared = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.dim() > 1 and "bias" not in name:
+            decayed.append(parameter)
+        else:
+            spared.append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay},
+            {"params": spared, "weight_decay": 0.0}]
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def train(run, model, criterion, batches, bar):
+    """Steps and validations up to `run.total`; leaves early, saved, when a signal asks any rank."""
+    args, state, ranks, device = run.args, run.state, run.ranks, run.ranks.device
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    signals, unreadable, warned = listen(), set(), set()
+    if run.epoch_is_over() and state.validated < state.step:
+        run.validate()
+    while state.step < run.total:
+        began, epoch = time.perf_counter(), state.step // run.epoch_steps
+        micro = [next(batches) for _ in range(args.accumulate)]
+        for batch in micro:
+            unreadable.update(batch.pop("bad").tolist())
+        micro = [to_device(batch, device) for batch in micro]
+        waited = time.perf_counter() - began
+        # lr
+        lr = learning_rate(state.step, args, run.epoch_steps)
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        # forward + loss + backward
+        run.optimizer.zero_grad()
+        seed = args.seed, state.step, ranks.rank
+        if args.accumulate == 1:
+            losses = plain_step(model, criterion, micro[0], autocast, seed)
+        else:
+            losses = cached_step(model, criterion, micro, autocast, seed)
+        # step: the numbers are the same on all ranks, so all skip together
+        losses["grad_norm"] = torch.nn.utils.clip_grad_norm_(run.clip.parameters(), args.clip)
+        losses["logit_scale"] = run.clip.logit_scale.detach()
+        if args.framework == "sigmoid":
+            losses["logit_bias"] = run.clip.logit_bias.detach()
+        values, stop, bad = read_numbers(ranks, losses, len(signals), len(unreadable))
+        logit_scale = values.pop("logit_scale")
+        state.step += 1
+        state.skipped_in_a_row += 1
+        if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+            run.optimizer.step()
+            run.clip.clamp_temperature()
+            state.skipped_in_a_row = 0
+        else:
+            state.skipped += 1
+        # log
+        took = time.perf_counter() - began
+        run.log(step=state.step, epoch=epoch, **values, lr=lr, skipped=state.skipped,
+                temperature=math.exp(-logit_scale), images_per_s=args.batch_size / took,
+                data_wait=waited / took, memory_mb=memory_mb(device))
+        bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+        bar.update()
+        warn_of_collapse(run, values, warned)
+        if state.skipped_in_a_row == MAX_SKIPPED:
+            stop_for_bad_numbers(run, values, micro)
+        if bad > MAX_BAD * len(run.studies):
+            refuse(ranks, f"{bad:.0f} images of an epoch could not be read, more than "
+                   f"{MAX_BAD:.0%}; see python data.py check {run.studies.manifest.path}")
+        # checkpoint
+        if stop or run.epoch_is_over():
+            run.report_unreadable(unreadable)
+            unreadable, warned = set(), set()
+        if stop:
+            run.save()
+            say(ranks, f"a signal came: saved after step {state.step}; go on with --resume")
+            return
+        if run.epoch_is_over():
+            run.validate()
+        elif state.step % args.checkpoint_every == 0:
+            run.save()
+
+
+def read_numbers(ranks, scalars, signals, unreadable):
+    """A step's numbers on the CPU, in one copy: the only time that a step waits for the device.
+
+    scalars: tensors by name; signals, unreadable: counts of this rank. Returns floats by name, and
+    both counts summed over ranks.
+    """
+    counts = torch.tensor([float(signals), float(unreadable)])
+    counts = counts.to(ranks.device, non_blocking=True)
+    if ranks.world > 1:
+        dist.all_reduce(counts)
+    *values, signals, unreadable = torch.stack([*scalars.values(), *counts]).detach().tolist()
+    return dict(zip(scalars, values, strict=True)), signals, unreadable
+
+
+def warn_of_collapse(run, values, warned):
+    """Once an epoch, when soft labels turn uniform: the KL then falls with nothing learned."""
+    for name in ("text", "graph"):
+        value = values.get(f"positives_{name}", 0.0)
+        if value > COLLAPSE * run.num_texts and name not in warned:
+            warned.add(name)
+            say(run.ranks, f"warning: positives_{name} is {value:.0f} of {run.num_texts}: the soft "
+                f"labels have nearly collapsed; raise --tau-{name}")
+
+
+def stop_for_bad_numbers(run, values, batches):
+    """End the run, naming the terms that are no numbers and the lines of the last batch."""
+    terms = [name for name, value in values.items() if not math.isfinite(value)]
+    rows = torch.cat([batch["index"] for batch in batches]).tolist()
+    refuse(run.ranks, f"step {run.state.step}: {MAX_SKIPPED} steps in a row without finite "
+           f"numbers, the last in {', '.join(terms)}, of {lines_of(run, rows)}")
+
+
+def look_ahead(run, criterion, batches):
+    """Before step 1: what each threshold makes of these encoders; the sigmoid loss's first bias.
+
+    Similarities of reports depend on the encoder, so no threshold suits two of them.
+    """
+    args, ranks, clip = run.args, run.ranks, run.clip
+    batches = [to_device(batch, ranks.device) for batch in batches]
+    whole = embed_all(clip, batches, contextlib.nullcontext(), (args.seed, 0, ranks.rank))
+    texts = torch.cat([x for name, x in whole.items() if name in ("text", "hard_text")]).cpu()
+    texts = torch.cat(all_ranks(ranks, texts))[:1024]                         # (n, D)
+    positives = ""
+    for tau in (0.5, 0.7, 0.8, 0.9, 0.95, 0.98):
+        y_hat = soft_labels(texts @ texts.T, tau)                             # (n, n)
+        positives += f"   {tau}: {torch.special.entr(y_hat).sum(1).exp().mean():.1f}"
+    say(ranks, f"positives     that a report has in effect among {len(texts)} texts of the first "
+        f"batch, by --tau-text\n           {positives}\n              1: one-hot, as in CLIP; near "
+        f"{len(texts)}: all alike, nothing is learned; choose a few")
+    if args.framework == "sigmoid":
+        inputs = {k: x for k, x in whole.items() if "text" in k or "graph" in k}
+        with torch.no_grad():
+            clip.logit_bias.fill_(criterion.initial_bias(**inputs, **labels_of(batches)))
+
+
+# ---------------------------------------------------------------- the run folder
+
+
+class Run:
+    """What a run carries from step to step, and its record in the run folder.
+
+    All ranks call the methods together; rank 0 alone writes, and the others wait for it.
+    """
+
+    def __init__(self, args, ranks, folder, path):
+        self.args, self.ranks, self.folder = args, ranks, folder
+        negatives, graphs, _ = SYSTEMS[args.system]
+        torch.manual_seed(args.seed)  # weights are the same on all ranks
+        clip = ClinicalCLIP(args.image_encoder, args.text_encoder, args.width, args.image_size,
+                            graph=graphs, framework=args.framework)
+        self.clip = clip.to(ranks.device).train()
+        self.studies = Studies(Manifest(path, "train", args.image_root), tokenize=clip.tokenize,
+                               image_size=args.image_size, negatives=negatives, graphs=graphs,
+                               uncertain=args.uncertain, seed=args.seed)
+        self.val_rows = Manifest(args.val or path, "val", args.image_root)
+        self.optimizer = torch.optim.AdamW(parameter_groups(clip, args.weight_decay), lr=args.lr,
+                                           fused=ranks.device.type == "cuda")
+        self.num_texts = args.batch_size * (2 if negatives else 1)
+        self.epoch_steps = len(self.studies) // args.batch_size
+        self.total = min(args.epochs * self.epoch_steps, args.max_steps or sys.maxsize)
+        self.state = SimpleNamespace(step=0, validated=0, skipped=0, skipped_in_a_row=0,
+                                     unreadable=0, best={})  # step counts finished steps
+        self.saved_step = None  # of last.pt, if this run wrote it or took it up
+
+    def resume(self, checkpoint):
+        """Go on from a checkpoint; refuse flags and data that would make it another run."""
+        try:
+            saved = load_checkpoint(Path(checkpoint))
+        except ModelError as error:
+            raise UserError(f"--resume: {error}") from None
+        changed = [f"--{name.replace('_', '-')} was {saved['flags'].get(name)!r}, is now {value!r}"
+                   for name, value in self.flags().items() if saved["flags"].get(name) != value]
+        expect(not changed, "cannot resume", f"the same flags: {'; '.join(changed)}")
+        expect(saved.get("data") == self.studies.manifest.digest(), "cannot resume",
+               f"the same data: the training rows of {self.studies.manifest.path} are others now")
+        self.clip.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.state = SimpleNamespace(**saved["state"])
+        if Path(checkpoint) == self.folder / "last.pt":
+            self.saved_step = self.state.step
+        if not (self.folder / "best.pt").exists():
+            self.state.best = {}  # it stayed in the folder that the checkpoint came from
+        if saved["world"] != self.ranks.world:
+            say(self.ranks, f"warning: the run had {saved['world']} ranks and has "
+                f"{self.ranks.world} now; it goes on, but not bit by bit")
+
+    def flags(self):
+        return {k: v for k, v in vars(self.args).items() if k not in FREE_ON_RESUME}
+
+    def epoch_is_over(self):
+        return self.state.step % self.epoch_steps == 0 or self.state.step >= self.total
+
+    def is_finished(self):
+        """Whether all steps are made and validated, some with an effect, and last.pt holds them."""
+        return (self.state.validated >= self.total and self.state.skipped < self.state.step
+                and self.saved_step == self.state.step)
+
+    def log(self, **record):
+        """Append a record to log.jsonl; what is no number becomes null."""
+        if self.ranks.rank == 0:
+            for name, value in record.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    record[name] = None
+            with open_file(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def start_record(self):
+        """config.json, the tokenizer and the head of the log, without what a checkpoint forgot."""
+        self.clip.save_tokenizer(self.folder / "tokenizer")
+        with open_atomic(self.folder / "config.json") as file:
+            json.dump({"flags": vars(self.args), "world": self.ranks.world, **provenance()}, file,
+                      indent=1)
+        step, path, records = self.state.step, self.folder / "log.jsonl", []
+        if path.exists():
+            for number, record in read_jsonl(path):
+                logged = record.get("step", 0)
+                expect(isinstance(logged, int), f"{path}:{number}", "step as a whole number")
+                if logged <= step:
+                    records.append(record)
+        with open_atomic(path) as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+        self.log(argv=sys.argv, from_step=step, time=time.strftime("%Y-%m-%d %H:%M:%S"))
+        say(self.ranks,
+            f"run folder    {self.folder}\n"
+            f"data          {len(self.studies):,} training and {len(self.val_rows):,} validation "
+            "studies (without any: no best.pt)\n"
+            f"steps         {step} to {self.total:,}, {self.args.batch_size} studies each, "
+            f"{self.ranks.world} rank(s) on {self.ranks.device.type}")
+
+    def save(self, name="last.pt"):
+        """Write a checkpoint; a full disk costs that one. Returns whether it was written.
+
+        Renames alone, which any file system can: last to previous, new to last. Readers take
+        previous.pt while there is no last.pt. A last.pt that this run has not written or read may
+        be damaged, and must not take the place of previous.pt.
+        """
+        def write():
+            buffer, path = io.BytesIO(), self.folder / name
+            torch.save({"model": self.clip.state_dict(), "model_config": self.clip.config,
+                        "optimizer": self.optimizer.state_dict(), "state": vars(self.state),
+                        "flags": self.flags(), "world": self.ranks.world,
+                        "data": self.studies.manifest.digest()}, buffer)
+            spare = "last.damaged.pt" if self.saved_step is None else "previous.pt"
+            try:
+                with open_atomic(path, "wb") as file:
+                    file.write(buffer.getbuffer())
+                    file.flush()
+                    if name == "last.pt" and path.exists():
+                        os.replace(path, self.folder / spare)
+            except UserError as error:
+                say(self.ranks, f"warning: {error}; the one before stands")
+                return False
+            return True
+
+        written = on_rank_0(self.ranks, write)
+        if written and name == "last.pt":
+            self.saved_step = self.state.step
+        return written
+
+    def validate(self):
+        """Zero-shot AUROC and retrieval on the val rows; best.pt keeps the best, never the loss."""
+        self.save()  # a signal during validation loses nothing
+        self.state.validated = self.state.step
+        if len(self.val_rows):
+            better = on_rank_0(self.ranks, self.measure)
+            if better and self.save("best.pt"):
+                self.state.best = better
+        self.save()
+
+    def measure(self):
+        """Validate and log; the result where it is the best so far, else None."""
+        # ASSUMPTION: the model to evaluate is best.pt, the best zero-shot AUROC in validation.
+        result = validate(self.clip, self.val_rows, self.args.batch_size,
+                          self.args.workers)
+        self.clip.train()
+        result = {k: None if math.isnan(v) else round(v, 6) for k, v in result.items()}
+        step, by = self.state.step, "auroc"
+        self.log(step=step, val=result)
+        say(self.ranks, f"step {step:>6}   val   " + "   ".join(
+            f"{k} {'n/a' if v is None else format(v, '.3f')}" for k, v in result.items()))
+        if result[by] is None:
+            by = "retrieval@5"
+        best = self.state.best.get(by)
+        if best is None or (result[by] is not None and result[by] > best):
+            return {"step": step, **result}
+        return None
+
+    def report_unreadable(self, unreadable):
+        """At the end of an epoch: which training images of all ranks were replaced."""
+        unreadable = set().union(*all_ranks(self.ranks, unreadable))
+        self.state.unreadable += len(unreadable)
+        if unreadable:
+            say(self.ranks, f"warning: {len(unreadable)} unreadable images of this epoch were "
+                f"replaced: {lines_of(self, unreadable)}")
+
+
+def lines_of(run, rows):
+    """Where training rows stand; the first twenty are enough to look at."""
+    manifest = run.studies.manifest
+    lines = sorted(manifest.line(row) for row in rows)
+    return f"{manifest.path}, lines {', '.join(map(str, lines[:20]))}"
+
+
+@contextlib.contextmanager
+def open_folder(args):
+    """The run folder, --out or a fresh one, locked; it goes again if nothing came of it."""
+    number = 1
+    while Path(f"runs/run-{number:03}").exists():
+        number += 1
+    folder = Path(args.out or f"runs/run-{number:03}")
+    goes_on = args.resume and (args.resume == "latest" or Path(args.resume).parent == folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        expect(goes_on or not os.listdir(folder), folder, "a new folder, found another run's: "
+               "continue that with --resume latest or choose another --out")
+        lock = open(folder / ".lock", "a")
+    except OSError as error:
+        raise UserError(f"{folder}: expected a folder to write to ({error.strerror})") from None
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # reading processes do not inherit it
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"{folder}: in use by another process") from None
+        except OSError as error:
+            print(f"warning: {folder}: cannot be locked ({error.strerror}); two runs in it would "
+                  "spoil each other", file=sys.stderr)
+        for leftover in folder.glob(".*.pt.*.tmp"):  # of a save that a kill cut short
+            leftover.unlink()
+        try:
+            yield folder
+        finally:
+            if os.listdir(folder) == [".lock"]:
+                shutil.rmtree(folder)
+
+
+def find_checkpoint(args, folder):
+    """What --resume names: a path, or the newest intact checkpoint of --out; None to start."""
+    if args.resume != "latest":
+        return args.resume
+    damaged = []
+    for path in (folder / "last.pt", folder / "previous.pt"):
+        if path.exists():
+            try:
+                load_checkpoint(path)
+            except ModelError as error:
+                damaged.append(str(error))
+                continue
+            if damaged:
+                print(f"warning: {damaged[0]}; using {path.name}", file=sys.stderr)
+            return str(path)
+    expect(not damaged, folder, f"an intact checkpoint ({'; '.join(damaged)}); remove the folder "
+           "to start afresh")
+    return None
+
+
+def memory_mb(device):
+    """Peak memory of this process, on the GPU where there is one."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+
+
+# ---------------------------------------------------------------- data
+
+
+def phantom():
+    """The embedded data set in runs/phantom, annotated anew like any report by today's rules."""
+    raw = make_phantom(Path("runs/phantom"), studies=PHANTOM_STUDIES)
+    path = raw.with_name("phantom_neg.jsonl")
+    with open_atomic(path) as file:
+        for _, record in tqdm(read_jsonl(raw), total=PHANTOM_STUDIES, desc="phantom reports"):
+            file.write(json.dumps(annotate(record), ensure_ascii=False) + "\n")
+    return str(path)
+
+
+def check_reading(run):
+    """Before step 1: a training image, in case the image root is wrong, and all that validate."""
+    run.studies[0, 0]
+    check_images(run.val_rows, run.args.workers)
+
+
+def check_rows(args, rows):
+    """Enough training rows, each with what the system needs."""
+    negatives, graphs, _ = SYSTEMS[args.system]
+    expect(len(rows) >= args.batch_size, rows.path, f"at least --batch-size {args.batch_size} rows "
+           f"of split train, got {len(rows)}")
+    ready, needed = rows.labelled, "report and labels"
+    if graphs:
+        ready, needed = rows.labelled & rows.with_graphs, "report, labels and graph"
+    lacking = np.flatnonzero(~ready)
+    if len(lacking):
+        raise UserError(f"{rows.path}:{rows.line(lacking[0])}: expected {needed}, also of each "
+                        f"hard negative, for --system {args.system}; run negations.py on it first")
+
+
+def read_batches(studies, args, step, rank, world):
+    """Yield this rank's micro-batches from `step` of the run on, --accumulate of them per step.
+
+    One set of reading processes serves all epochs: starting them anew costs about a second.
+    """
+    def keys():
+        first, skipped = divmod(step, len(studies) // args.batch_size)
+        for epoch in range(first, args.epochs):
+            for rows in GlobalBatches(len(studies), args.batch_size, args.seed, epoch, rank, world,
+                                      skipped):
+                for micro in np.array_split(rows, args.accumulate):
+                    yield micro.tolist()
+            skipped = 0
+
+    yield from DataLoader(studies, batch_sampler=keys(), num_workers=args.workers,
+                          collate_fn=studies.collate, worker_init_fn=start_worker,
+                          pin_memory=torch.cuda.is_available())
+
+
+def to_device(x, device):
+    """Move the tensors of a batch, however nested; a GPU copies while the CPU goes on."""
+    if isinstance(x, dict):
+        return {name: to_device(value, device) for name, value in x.items()}
+    if torch.is_tensor(x):
+        return x.to(device, non_blocking=True)
+    return x
+
+
+# ---------------------------------------------------------------- ranks, seeds, signals
+
+
+@dataclass
+class Ranks:
+    """This process among those that torchrun started, and the store at which they can wait."""
+
+    rank: int
+    world: int
+    device: torch.device
+    store: dist.Store | None = None
+
+
+def start_ranks():
+    """Join the process group that torchrun describes."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device, backend, store = torch.device("cpu"), "gloo", None
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", local), "nccl"
+        torch.cuda.set_device(device)
+    if world > 1:
+        store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+        dist.init_process_group(backend, rank=rank, world_size=world, store=store, timeout=TIMEOUT)
+    return Ranks(rank, world, device, store)
+
+
+def leave_ranks():
+    """End the process group, and with it its threads, while Python still runs.
+
+    A thread of gloo that lets go of a tensor after that aborts the process. DistributedDataParallel
+    holds the group, so it has to go first, out of an error's frames too.
+    """
+    if dist.is_initialized():
+        error = sys.exc_info()[1]
+        if error is not None:
+            traceback.clear_frames(error.__traceback__)
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def on_rank_0(ranks, function):
+    """Run `function` on rank 0 alone; every rank gets its result, which JSON must hold.
+
+    The others wait at the store, not in an exchange: validating a large set takes longer than a
+    rank may be lost. If `function` fails they leave, and the error is rank 0's to show.
+    """
+    if ranks.world == 1:
+        return function()
+    turn = ranks.store.add(f"turn of rank {ranks.rank}", 1)
+    if ranks.rank == 0:
+        reply = {"failed": True}
+        try:
+            reply = {"result": function()}
+        finally:
+            ranks.store.set(f"turn {turn}", json.dumps(reply))
+    else:
+        ranks.store.wait([f"turn {turn}"], PATIENCE)
+        reply = json.loads(ranks.store.get(f"turn {turn}"))
+        if "failed" in reply:
+            sys.exit(2)
+    return reply["result"]
+
+
+def all_ranks(ranks, value):
+    """The values of all ranks, in rank order."""
+    values = [value] * ranks.world
+    if ranks.world > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def say(ranks, line):
+    """One line on stderr, from rank 0, above the progress bar."""
+    if ranks.rank == 0:
+        tqdm.write(line, file=sys.stderr)
+
+
+def refuse(ranks, message):
+    """A UserError that all ranks come to together: rank 0 says it, the others leave."""
+    if ranks.rank:
+        sys.exit(2)
+    raise UserError(message)
+
+
+def seed_step(seed, step, rank, micro):
+    """Dropout and stochastic depth become a function of (seed, step, rank, micro-batch)."""
+    state = np.random.SeedSequence([seed, step, rank, micro]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0] >> 1))
+
+
+def listen():
+    """A list that grows by each SIGTERM or SIGUSR1 to this rank."""
+    signals = []
+    for name in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, lambda number, _frame: signals.append(number))
+    return signals
+
+
+def start_worker(_worker):
+    """Reading processes outlive a signal to their group by half a minute, for the last save."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+    for name in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
+    gc.freeze()  # a collection would touch, and so copy, every inherited page
+
+
+@contextlib.contextmanager
+def user_errors():
+    """What a user can mend while training runs, as one line."""
+    try:
+        yield
+    except UserError as error:  # a reading process puts its traceback before the message
+        raise UserError(str(error).rstrip().split("UserError: ")[-1]) from None
+    except torch.OutOfMemoryError:
+        raise UserError("the GPU's memory is full; raise --accumulate, which keeps the batch and "
+                        "its gradient, or lower --batch-size or --image-size") from None
+    except (EOFError, ConnectionError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler may raise once more
+        raise UserError("a reading process was killed; if memory is short, lower --workers"
+                        ) from None
+
+
+# ---------------------------------------------------------------- flags
+
+
+def threshold(text):
+    """An argparse type: tau of Eq. 4, 5, 9."""
+    tau = minimum(0, float)(text)
+    if tau >= 1:
+        raise argparse.ArgumentTypeError(f"expected a number below 1, got {text}")
+    return tau
 
 
 def parse_args(argv=None):
@@ -78,6 +747,8 @@ def parse_args(argv=None):
         "number of cores per GPU, 0 to read in between")
     add = parser.add_argument_group("model").add_argument
     add("--system", choices=SYSTEMS, default="clip-ng-dtcg", help="row of Tab. 2")
+    add("--framework", choices=("softmax", "sigmoid"), default="softmax",
+        help="Eq. 1-2, or SigLIP's loss with the same soft labels")
     # DIFFERS from Sec. 5.2: small encoders and images are the default; the paper's are flags.
     add("--image-encoder", default="tiny", metavar="tiny|swin-t|PATH",
         help="swin-t is the paper's with random weights, PATH a file of torchvision's Swin-T")
@@ -87,10 +758,12 @@ def parse_args(argv=None):
     add("--width", type=minimum(1), default=512, help="width D of the joint embedding")
     add = parser.add_argument_group("loss (Eq. 4-10; the paper publishes no values)").add_argument
     for letter, stream in zip("TCG", ("text", "clinical", "graph"), strict=True):
-        add(f"--w-{stream}", type=float, default=1.0, help=f"weight w_{letter} of Eq. 10")
+        add(f"--w-{stream}", type=minimum(0, float), default=1.0,
+            help=f"weight w_{letter} of Eq. 10")
     for stream, tau in DynamicSoftContrastiveLoss().thresholds.items():
-        add(f"--tau-{stream}", type=float, default=tau, help="threshold; lower shares labels among "
-            "more studies, and collapses where all similarities are high")
+        add(f"--tau-{stream}", type=threshold, default=tau, help="threshold; choose one at which a "
+            "report has a few positives (shown before step 1 for text; log.jsonl has all streams): "
+            "at 1 labels are one-hot, near the number of texts they collapse")
     add("--row-chunk", type=minimum(1),
         help="evaluate the loss that many rows at a time, to save memory")
     # ASSUMPTION: AdamW's rate, schedule, epochs, batch are CXR-CLIP's; tiny encoders get lr 1e-3.
@@ -115,498 +788,79 @@ def parse_args(argv=None):
     add("--resume", metavar="PATH|latest", help="a checkpoint, or the newest intact one of --out")
     add("--checkpoint-every", type=minimum(1), default=500, metavar="STEPS",
         help="steps between saves")
-    add("--export", metavar="DIR", help="at the end write safetensors, config and tokenizer there")
     args = parser.parse_args(argv)
-    if args.export and Path(args.export).exists() and not args.resume:
-        parser.error(f"--export {args.export}: exists; choose another folder")
     if args.resume == "latest" and not args.out:
         parser.error("--resume latest: expected --out, the run folder to continue")
+    if args.framework == "sigmoid" and args.system == "softclip":
+        parser.error("--framework sigmoid: has no softclip, whose targets are a softmax")
     if args.lr is None:
         args.lr = 1e-3 if args.image_encoder == args.text_encoder == "tiny" else 5e-5
     return args
 
 
-# ---------------------------------------------------------------- ranks, seeds, signals
-
-
-def start_ranks():
-    """Join the process group torchrun describes. Returns rank, world and this rank's device."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
-    if cuda:
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
-    return rank, world, torch.device(device)
-
-
-def on_rank_0(function, rank, world):
-    """Run `function` on rank 0 alone and give its result to every rank; its error ends all."""
-    box = [None]
-    if rank == 0:
-        try:
-            box = [function()]
-        except (ValueError, OSError) as error:
-            box = [ValueError(str(error))]
-    if world > 1:
-        dist.broadcast_object_list(box)
-    if isinstance(box[0], ValueError):
-        raise box[0] if rank == 0 else SystemExit(2)  # one rank prints it
-    return box[0]
-
-
-def seed_step(seed, step, rank, micro):
-    """Dropout and stochastic depth become a function of (seed, step, rank, micro-batch)."""
-    state = np.random.SeedSequence([seed, step, rank, micro]).generate_state(1, np.uint64)
-    torch.manual_seed(int(state[0] >> 1))
-
-
-def start_worker(_worker):
-    """Reading processes outlive a signal to their group by half a minute, for the last save."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
-    for name in (signal.SIGUSR1, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)
-    leave_with_parent()  # which may be killed; a folder's lock lives as long as they do
-    gc.freeze()  # a collection would touch, and so copy, every inherited page
-
-
-# ---------------------------------------------------------------- the run folder
-
-
-def open_folder(args):
-    """The run folder of --out, or a fresh one; one that exists is only opened to resume."""
-    if args.out is None:
-        number = 1
-        while (folder := Path("runs") / f"run-{number:03}").exists():
-            number += 1
-    else:
-        folder = Path(args.out)
-        if folder.exists() and not args.resume and any(folder.iterdir()):
-            raise ValueError(f"{folder}: exists; continue it with --resume latest or choose "
-                             "another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def lock_folder(folder):
-    """An open file whose lock keeps other runs out for as long as it lives."""
-    lock = open(folder / ".lock", "w")
+def prepare(args, ranks, folder):
+    """A run that can start; what a user can have wrong is refused here."""
+    expect(args.batch_size % (ranks.world * args.accumulate) == 0,
+           f"--batch-size {args.batch_size}",
+           f"a multiple of {ranks.world} ranks x --accumulate {args.accumulate}")
+    checkpoint = on_rank_0(ranks, lambda: find_checkpoint(args, folder))
+    path = args.train or on_rank_0(ranks, phantom)
+    # First on rank 0 alone, which writes the sidecars and says what is wrong.
+    on_rank_0(ranks, lambda: check_rows(args, Manifest(path, "train")))
+    on_rank_0(ranks, lambda: len(Manifest(args.val or path)))
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{folder}: in use by another process") from None
-    for leftover in folder.glob(".*.pt.*"):  # of a save that a kill cut short
-        leftover.unlink()
-    return lock
+        run = Run(args, ranks, folder, path)
+    except ModelError as error:
+        raise UserError(f"--image-encoder, --text-encoder: {error}") from None
+    if checkpoint:
+        run.resume(checkpoint)
+    if run.state.validated < run.total:
+        on_rank_0(ranks, lambda: check_reading(run))
+    return run
 
 
-def find_checkpoint(args):
-    """Path of the checkpoint to resume from: PATH, or the newest intact one of the run folder."""
-    if args.resume != "latest":
-        return args.resume
-    damaged = []
-    for path in filter(Path.exists, (Path(args.out) / name for name in ("last.pt", "previous.pt"))):
-        try:
-            load_checkpoint(path)
-        except ValueError as error:
-            damaged.append(str(error))
-            continue
-        for line in damaged:
-            print(f"warning: {line}; using {path.name}", file=sys.stderr)
-        return str(path)
-    if damaged:
-        raise ValueError(f"{'; '.join(damaged)}; remove the folder to start afresh")
-    return None
-
-
-def memory_mb(device):
-    """Peak memory of this process, on the GPU where there is one."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated() / 2**20)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
-
-
-class Run:
-    """What a run carries from step to step, and its record in the run folder, kept by rank 0."""
-
-    def __init__(self, args, rank, world, device, clip, optimizer, num_studies):
-        self.args, self.folder, self.device = args, None, device
-        self.rank, self.world, self.num_studies = rank, world, num_studies
-        self.clip, self.optimizer = clip, optimizer
-        self.state = {"step": 0, "validated": 0, "skipped": 0, "skipped_in_a_row": 0,
-                      "unreadable": 0, "best": {}}  # step counts finished steps
-
-    def resume(self, saved):
-        """Go on from a checkpoint; refuse flags that would make it another run."""
-        changed = [f"--{name.replace('_', '-')} was {saved['flags'].get(name)!r}, is now {value!r}"
-                   for name, value in vars(self.args).items()
-                   if name not in FREE_ON_RESUME and saved["flags"].get(name) != value]
-        if changed:
-            raise ValueError(f"cannot resume with other flags: {'; '.join(changed)}")
-        if saved["studies"] != self.num_studies:
-            raise ValueError(f"cannot resume with other data: --train had {saved['studies']} "
-                             f"training studies, has {self.num_studies} now")
-        self.clip.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.state = saved["state"]
-        if saved["world"] != self.world:
-            self.say(f"warning: the run had {saved['world']} ranks and has {self.world} now; it "
-                     "goes on, but not bit by bit")
-
-    def say(self, line):
-        if self.rank == 0:
-            tqdm.write(line, file=sys.stderr)
-
-    def log(self, record):
-        if self.rank == 0:
-            record = {k: None if v != v or v in (math.inf, -math.inf) else v  # JSON has no NaN
-                      for k, v in record.items()}
-            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-
-    def start_log(self, total, rows, val_rows):
-        """Write config.json and the tokenizer; drop log records the checkpoint does not know."""
-        if self.rank:
-            return
-        self.clip.save_tokenizer(self.folder / "tokenizer")
-        with open_atomic(self.folder / "config.json") as file:
-            json.dump({"flags": vars(self.args), "world": self.world, **provenance()}, file,
-                      indent=1)
-        step, log = self.state["step"], self.folder / "log.jsonl"
-        if log.exists():
-            lines = [line for line in log.read_text(encoding="utf-8").splitlines()
-                     if line.endswith("}") and json.loads(line).get("step", 0) <= step]
-            with open_atomic(log) as file:
-                file.writelines(line + "\n" for line in lines)
-        self.log({"argv": sys.argv, "from_step": step, "time": time.strftime("%Y-%m-%d %H:%M:%S")})
-        size = sum(p.numel() for p in self.clip.parameters() if p.requires_grad)
-        self.say(f"run folder    {self.folder}\n"
-                 f"system        {self.args.system} (Tab. 2), {size:,} trained weights\n"
-                 f"data          {rows:,} training and {val_rows:,} validation studies\n"
-                 f"steps         {step} to {total:,}, {self.args.batch_size} studies each, "
-                 f"{self.world} rank(s) on {self.device.type}")
-
-    def save(self, name="last.pt"):
-        """Write a checkpoint; the last one becomes previous.pt, and a full disk costs only this."""
-        if self.rank:
-            return
-        path, spare = self.folder / name, self.folder / "previous.tmp"
-        flags = {k: v for k, v in vars(self.args).items() if k not in FREE_ON_RESUME}
-        try:
-            if name == "last.pt" and path.exists():
-                spare.unlink(missing_ok=True)
-                os.link(path, spare)
-                os.replace(spare, self.folder / "previous.pt")
-            with open_atomic(path, "wb") as file:
-                torch.save({"model": self.clip.state_dict(), "model_config": self.clip.config,
-                            "optimizer": self.optimizer.state_dict(), "state": self.state,
-                            "flags": flags, "world": self.world, "studies": self.num_studies}, file)
-        except (OSError, RuntimeError) as error:  # torch's zip writer hides the disk's error
-            cause = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(cause, OSError):
-                raise
-            self.say(f"warning: {path} was not written ({cause.strerror}); the one before stands")
-
-    def validate(self, val_rows):
-        """Zero-shot AUROC and retrieval on the val rows; best.pt keeps the best, never the loss."""
-        # ASSUMPTION: the model to evaluate is best.pt, the best zero-shot AUROC in validation.
-        step = self.state["step"]
-        self.save()  # a signal during validation loses nothing
-        self.state["validated"] = step
-        if len(val_rows):
-            workers = self.args.workers if len(val_rows) > 1000 else 0
-            result = validate(self.clip, val_rows, self.args.batch_size, workers)
-            self.clip.train()
-            result = {k: None if math.isnan(v) else round(v, 6) for k, v in result.items()}
-            self.log({"step": step, "val": result})
-            self.say(f"step {step:>6}   val   " + "   ".join(
-                f"{k} {'n/a' if v is None else format(v, '.3f')}" for k, v in result.items()))
-            by = "retrieval@5" if result["auroc"] is None else "auroc"
-            best = self.state["best"].get(by)
-            if best is None or result[by] is not None and result[by] > best:
-                self.state["best"] = {"step": step, **result}
-                self.save("best.pt")
-        self.save()
-
-    def warn_of_collapse(self, values, num_texts, warned):
-        """Once an epoch, when soft labels turn uniform: the KL then falls with nothing learned."""
-        for name, value in values.items():
-            if name in ("positives_text", "positives_graph") and name not in warned \
-                    and value > COLLAPSE * num_texts:
-                warned.add(name)
-                self.say(f"warning: {name} is {value:.0f} of {num_texts}: the soft labels have "
-                         f"nearly collapsed; raise --tau-{name.removeprefix('positives_')}")
-
-    def report_unreadable(self, epoch, unreadable, manifest):
-        """At the end of an epoch: which training rows were replaced, on all ranks, and lines."""
-        parts = [sorted(unreadable)] * self.world
-        if self.world > 1:
-            dist.all_gather_object(parts, sorted(unreadable))
-        rows = sorted({row for part in parts for row in part})
-        self.state["unreadable"] += len(rows)
-        if rows:
-            self.say(f"warning: epoch {epoch}: {len(rows)} unreadable images were replaced; "
-                     f"training rows {rows[:20]}{' ...' * (len(rows) > 20)}, lines "
-                     f"{[manifest.line(row) for row in rows[:20]]} of {manifest.path}")
-
-    def stop_for_bad_numbers(self, values, batches, manifest):
-        terms = [name for name, value in values.items() if not math.isfinite(value)]
-        rows = torch.cat([b["index"] for b in batches]).tolist()
-        raise ValueError(f"step {self.state['step']}: {MAX_SKIPPED} steps in a row without finite "
-                         f"numbers, the last in {', '.join(terms)}; rank {self.rank}'s training "
-                         f"rows there: {rows}, lines {[manifest.line(row) for row in rows]}")
-
-# ---------------------------------------------------------------- data
-
-
-def phantom():
-    """The embedded data set: drawn once into runs/phantom, then annotated like any report."""
-    raw = make_phantom(Path("runs/phantom"), studies=PHANTOM_STUDIES)
-    path = raw.with_name("phantom_neg.jsonl")
-    if not path.exists() or path.stat().st_mtime < raw.stat().st_mtime:
-        with open_atomic(path) as file:
-            for _, record in tqdm(read_jsonl(raw), total=PHANTOM_STUDIES, desc="phantom reports"):
-                file.write(json.dumps(annotate(record), ensure_ascii=False) + "\n")
-    return str(path)
-
-
-def check_rows(args, rows, graphs):
-    """Enough training rows, each with what the system needs."""
-    if len(rows) < args.batch_size:
-        raise ValueError(f"{rows.path}: expected at least --batch-size {args.batch_size} rows of "
-                         f"split train, got {len(rows)}")
-    needed = LABELLED | WITH_GRAPH if graphs else LABELLED
-    lacking = np.flatnonzero(rows.bits & needed != needed)
-    if len(lacking):
-        raise ValueError(f"{rows.path}:{rows.line(lacking[0])}: expected report, labels"
-                         f"{' and graph' * graphs}, also of each hard negative, for --system "
-                         f"{args.system}; run negations.py on it first")
-
-
-def read_batches(studies, args, step, epoch_steps, rank, world):
-    """Yield this rank's micro-batches from `step` of the run on, --accumulate of them per step.
-
-    One set of reading processes serves all epochs: starting them anew costs about a second.
-    """
-    def keys():
-        for epoch in range(step // epoch_steps, args.epochs):
-            start = step % epoch_steps if epoch == step // epoch_steps else 0
-            for rows in GlobalBatches(len(studies), args.batch_size, args.seed, epoch, rank, world,
-                                      start):
-                yield from (part.tolist() for part in np.array_split(rows, args.accumulate))
-
-    yield from DataLoader(studies, batch_sampler=keys(), num_workers=args.workers,
-                          collate_fn=studies.collate, worker_init_fn=start_worker,
-                          pin_memory=torch.cuda.is_available())
-
-
-def to_device(x, device):
-    if isinstance(x, dict):
-        return {k: to_device(v, device) for k, v in x.items()}
-    return x.to(device, non_blocking=True) if torch.is_tensor(x) else x
-
-
-# ---------------------------------------------------------------- one step
-
-
-def build_loss(args):
-    _, _, streams = SYSTEMS[args.system]
-    if streams == "softclip":
-        return SoftCLIPLoss(row_chunk=args.row_chunk)
-    w = {name: getattr(args, f"w_{name}") if name[0] in streams else 0.0
-         for name in ("text", "clinical", "graph")}
-    return DynamicSoftContrastiveLoss(w["text"], w["clinical"], w["graph"], args.tau_text,
-                                      args.tau_clinical, args.tau_graph, soft=bool(streams),
-                                      row_chunk=args.row_chunk)
-
-
-def forward_backward(model, criterion, batches, autocast, seed):
-    """Fig. 3, a step: gradients of the loss of all micro-batches together, and the loss's dict.
-
-    One micro-batch: the plain way. Several: embed all without gradients, take the loss's gradient
-    with respect to the embeddings, then replay each micro-batch with the same random state and send
-    its share of that gradient through (gradient caching). Each negative of the batch is kept.
-    """
-    def embed(micro):
-        seed(micro)
-        with autocast:
-            return model(batches[micro])
-
-    def evaluate(out):
-        labels = {k: torch.cat([b[k] for b in batches]) for k in ("labels", "hard_labels")
-                  if k in batches[0]}
-        return criterion(**out, **labels)
-
-    if len(batches) == 1:
-        out = evaluate(embed(0))
-        out["loss"].backward()
-        return out
-    with torch.no_grad():
-        parts = [embed(micro) for micro in range(len(batches))]
-    whole = {k: torch.cat([p[k] for p in parts]).requires_grad_() for k in parts[0]
-             if k != "logit_scale"}
-    whole["logit_scale"] = parts[0]["logit_scale"].requires_grad_()
-    out = evaluate(whole)
-    out["loss"].backward()
-    grads = {k: v.grad.split([len(p["image"]) for p in parts]) if v.dim() else v.grad
-             for k, v in whole.items()}
-    for micro in range(len(batches)):
-        last = micro == len(batches) - 1
-        sync = last or not isinstance(model, DistributedDataParallel)
-        with contextlib.nullcontext() if sync else model.no_sync():
-            again = embed(micro)
-            share = sum((v * grads[k][micro]).sum() for k, v in again.items() if v.dim())
-            (share + again["logit_scale"] * grads["logit_scale"] * last).backward()
-    return out
-
-
-def learning_rate(step, args, epoch_steps):
-    """Linear warm-up, then half a cosine to zero at the end of --epochs: a function of the step."""
-    warmup, total = args.warmup_epochs * epoch_steps, args.epochs * epoch_steps
-    if step < warmup:
-        return args.lr * min(1, (step + 1) / warmup)
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
-def parameter_groups(model, weight_decay):
-    """Weight decay on matrices alone: none on biases, norms, temperature and the empty node."""
-    groups = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[parameter.dim() > 1 and "bias" not in name].append(parameter)
-    return [{"params": groups[True], "weight_decay": weight_decay},
-            {"params": groups[False], "weight_decay": 0.0}]
-
-
-def train(run, model, criterion, batches, studies, val_rows, epoch_steps, total):
-    """Steps and validations up to `total`. Returns early, saved, if a signal asks any rank to."""
-    args, state, device = run.args, run.state, run.device
-    signals = []
-    for name in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, lambda number, _frame: signals.append(number))
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    num_texts = args.batch_size * (2 if studies.negatives else 1)
-    bar = tqdm(total=total, initial=state["step"], desc=args.system, disable=run.rank > 0)
-    while True:
-        epoch, first = divmod(state["step"], epoch_steps)
-        if (first == 0 or state["step"] >= total) and state["step"] > state["validated"]:
-            run.validate(val_rows)
-        if state["step"] >= total:
-            return bar.close()
-        unreadable, warned = set(), set()
-        for step in range(state["step"], min(total, (epoch + 1) * epoch_steps)):
-            began = time.perf_counter()
-            micro = [to_device(next(batches), device) for _ in range(args.accumulate)]
-            unreadable.update(row for batch in micro for row in batch["bad"].tolist())
-            waited = time.perf_counter() - began
-            # lr
-            lr = learning_rate(step, args, epoch_steps)
-            for group in run.optimizer.param_groups:
-                group["lr"] = lr
-            # forward + loss + backward
-            run.optimizer.zero_grad()
-            out = forward_backward(model, criterion, micro, autocast,
-                                   functools.partial(seed_step, args.seed, step, run.rank))
-            # step: the loss and the norm are one on all ranks, so all skip together
-            norm = torch.nn.utils.clip_grad_norm_(run.clip.parameters(), args.clip)
-            counts = torch.tensor([float(len(signals)), len(unreadable)], device=device)
-            if run.world > 1:
-                dist.all_reduce(counts)
-            *values, norm, stop, bad = torch.stack([*out.values(), norm, *counts]).tolist()
-            values = dict(zip(out, values, strict=True)) | {"grad_norm": norm}
-            finite = math.isfinite(values["loss"]) and math.isfinite(norm)
-            if finite:
-                run.optimizer.step()
-                run.clip.clamp_temperature()
-            state["step"] = step + 1
-            state["skipped"] += not finite
-            state["skipped_in_a_row"] = 0 if finite else state["skipped_in_a_row"] + 1
-            # log
-            took = time.perf_counter() - began
-            run.log({"step": step + 1, "epoch": epoch, **values, "lr": lr,
-                     "temperature": math.exp(-run.clip.logit_scale.item()),
-                     "skipped": state["skipped"], "images_per_s": args.batch_size / took,
-                     "data_wait": waited / took, "memory_mb": memory_mb(device)})
-            run.warn_of_collapse(values, num_texts, warned)
-            bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False,
-                            text_positives=f"{values['positives_text']:.1f}/{num_texts}")
-            bar.update()
-            if state["skipped_in_a_row"] == MAX_SKIPPED:
-                run.stop_for_bad_numbers(values, micro, studies.manifest)
-            if bad > MAX_BAD * len(studies):
-                raise ValueError(f"{bad:.0f} images of epoch {epoch} could not be read, more than "
-                                 f"{MAX_BAD:.0%}; see python data.py check {studies.manifest.path}")
-            # checkpoint
-            if stop:
-                run.report_unreadable(epoch, unreadable, studies.manifest)
-            if stop or (step + 1) % args.checkpoint_every == 0:
-                run.save()
-            if stop:
-                bar.close()
-                return run.say(f"a signal came: saved after step {step + 1}; go on with --resume")
-        run.report_unreadable(epoch, unreadable, studies.manifest)
+def start_run(run):
+    """From the first line of the log to the last checkpoint."""
+    args, ranks, step = run.args, run.ranks, run.state.step
+    on_rank_0(ranks, run.start_record)
+    model = DistributedDataParallel(run.clip) if ranks.world > 1 else run.clip
+    batches = read_batches(run.studies, args, step, ranks.rank, ranks.world)
+    bar = tqdm(total=run.total, initial=step, desc=args.system, disable=ranks.rank > 0)
+    criterion = build_loss(args)
+    with user_errors(), contextlib.closing(batches), bar:
+        first = []
+        if step == 0:
+            first = list(itertools.islice(batches, args.accumulate))
+            look_ahead(run, criterion, first)
+        train(run, model, criterion, itertools.chain(first, batches), bar)
+    if run.saved_step != run.state.step:
+        run.save()
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    rank, world, device = start_ranks()
-    if args.batch_size % (world * args.accumulate):
-        raise ValueError(f"--batch-size {args.batch_size}: expected a multiple of {world} ranks x "
-                         f"--accumulate {args.accumulate}")
-    began = time.perf_counter()
-    path = args.train or on_rank_0(phantom, rank, world)
-    on_rank_0(lambda: len(Manifest(path)), rank, world)  # one rank alone writes the index
-    train_rows = Manifest(path, "train", args.image_root)
-    val_rows = Manifest(args.val or path, "val", args.image_root)
-    if not len(val_rows) and rank == 0:
-        print(f"warning: {val_rows.path} has no row of split val: nothing is validated and there "
-              "will be no best.pt", file=sys.stderr)
-
-    negatives, graphs, _ = SYSTEMS[args.system]
-    check_rows(args, train_rows, graphs)
-    criterion = build_loss(args)
-    torch.manual_seed(args.seed)  # weights are the same on all ranks
-    clip = ClinicalCLIP(args.image_encoder, args.text_encoder, args.width, args.image_size,
-                        graph=graphs).to(device).train()
-    optimizer = torch.optim.AdamW(parameter_groups(clip, args.weight_decay), lr=args.lr,
-                                  fused=device.type == "cuda")
-    studies = Studies(train_rows, image_size=args.image_size, tokenize=clip.tokenize,
-                      negatives=negatives, graphs=graphs, uncertain=args.uncertain, seed=args.seed)
-    epoch_steps = len(GlobalBatches(len(studies), args.batch_size, args.seed, 0))
-    total = min(args.epochs * epoch_steps, args.max_steps or sys.maxsize)
-
-    checkpoint = on_rank_0(lambda: find_checkpoint(args), rank, world)
-    saved = load_checkpoint(Path(checkpoint)) if checkpoint else None
-    run = Run(args, rank, world, device, clip, optimizer, len(studies))
-    if saved:
-        run.resume(saved)
-    del saved  # as large as the model and its optimiser
-    if run.state["validated"] < total:
-        on_rank_0(lambda: studies[0, 0] and None, rank, world)  # is the image root right?
-        workers = args.workers if len(val_rows) > 1000 else 0
-        on_rank_0(lambda: check_images(val_rows, workers), rank, world)  # not after an epoch
-    # Only now, so that a mistake above leaves no folder behind.
-    run.folder, locks = on_rank_0(lambda: open_folder(args), rank, world), []
-    on_rank_0(lambda: locks.append(lock_folder(run.folder)), rank, world)
-    if run.state["validated"] < total:
-        run.start_log(total, len(studies), len(val_rows))
-        model = DistributedDataParallel(clip) if world > 1 else clip
-        batches = read_batches(studies, args, run.state["step"], epoch_steps, rank, world)
-        with contextlib.closing(batches):
-            train(run, model, criterion, batches, studies, val_rows, epoch_steps, total)
-    if rank == 0:
-        whole = args.export and (Path(args.export) / "config.json").exists()
-        if args.export and run.state["validated"] >= total and not whole:
-            source = run.folder if (run.folder / "last.pt").exists() else checkpoint
-            export_model(load_model(source), Path(args.export))
-        print(json.dumps({"run": str(run.folder), "system": args.system, "seed": args.seed,
-                          "finished": run.state["validated"] >= total, "step": run.state["step"],
-                          "skipped": run.state["skipped"], "unreadable": run.state["unreadable"],
-                          "best": run.state["best"],
-                          "seconds": round(time.perf_counter() - began)}))
-    if world > 1:
-        dist.destroy_process_group()
+    args, began = parse_args(argv), time.perf_counter()
+    ranks = start_ranks()
+    try:
+        with contextlib.ExitStack() as stack:
+            folder = on_rank_0(ranks, lambda: str(stack.enter_context(open_folder(args))))
+            run = prepare(args, ranks, Path(folder))
+            if not run.is_finished():
+                start_run(run)
+        state, finished = run.state, run.is_finished()
+        good = finished or state.validated < run.total
+        if ranks.rank == 0:
+            print(json.dumps({"run": folder, "system": args.system, "seed": args.seed,
+                              "finished": finished, "step": state.step, "skipped": state.skipped,
+                              "unreadable": state.unreadable, "best": state.best,
+                              "seconds": round(time.perf_counter() - began)}))
+            data = shlex.quote(run.studies.manifest.path)
+            say(ranks, f"evaluate it   python evaluate.py {shlex.quote(folder)} --data {data}")
+        if ranks.world > 1:
+            dist.barrier()  # who leaves early takes the others' connections along
+    finally:
+        leave_ranks()
+    if not good:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,30 @@
 """Timings and memory as ratios, measured side by side in one run: `python tests/benchmark.py`.
 
-    python tests/benchmark.py                   everything: 5 minutes, 4 GB of disk for a while
+    python tests/benchmark.py                   everything: 10 minutes, 4 GB of disk for a while
     python tests/benchmark.py loss gcn          these parts
+    python tests/benchmark.py gpu               for a GPU (never run); without one it says so
 
-Absolute times depend on the machine; each row compares two things that ran in turns.
+Absolute times depend on the machine; each row compares two things that ran in turns. `gpu` alone
+prints absolute numbers, with the card's name.
 
 SPDX-License-Identifier: MIT
 """
 
+import functools
+import gc
 import itertools
 import json
 import multiprocessing
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +35,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate  # noqa: E402
+import gcn  # noqa: E402
 import train  # noqa: E402
 from data import (  # noqa: E402
     GlobalBatches,
@@ -38,7 +46,6 @@ from data import (  # noqa: E402
     pixels,
     read_image,
 )
-from gcn import GCN  # noqa: E402
 from loss import DynamicSoftContrastiveLoss  # noqa: E402
 from model import ClinicalCLIP  # noqa: E402
 from negations import annotate  # noqa: E402
@@ -54,6 +61,12 @@ def ratio(first, second, runs=7):
             kept.append(time.perf_counter() - began)
     pairs = [a / b for a, b in zip(*(t[1:] for t in times), strict=True)]
     return statistics.median(pairs), *(statistics.median(t[1:]) for t in times)
+
+
+def apart(function, *args):
+    """function(*args) in a fresh process, with which its memory and its changes to others go."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def row(what, value, wanted, detail=""):
@@ -144,31 +157,52 @@ def bench_loss():
 # ---------------------------------------------------------------- gcn.py
 
 
-def graph_batch(graphs=256, nodes=18, edges=13, features=772):
-    g = torch.Generator().manual_seed(0)
-    sizes = torch.randint(nodes // 2, nodes * 3 // 2 + 1, (graphs,), generator=g)
-    starts = sizes.cumsum(0) - sizes
-    pairs = [torch.randint(int(n), (2, edges), generator=g) + s
-             for n, s in zip(sizes, starts, strict=True)]
-    pairs = torch.cat([p[:, p[0] < p[1]] for p in pairs], 1).unique(dim=1)
-    x = torch.randn(int(sizes.sum()), features, generator=g)
-    return x, pairs, torch.arange(graphs).repeat_interleave(sizes), graphs
+def graph_records(graphs=256, nodes=18, edges=13):
+    """RadGraph records of random graphs, as large as those of reports."""
+    rng = np.random.default_rng(0)
+    records = []
+    for _ in range(graphs):
+        count = int(rng.integers(nodes // 2, nodes * 3 // 2 + 1))
+        entities = {str(i): {"tokens": f"word{i}", "label": "OBS-DP", "start_ix": i, "end_ix": i,
+                             "relations": []} for i in range(count)}
+        for source, target in rng.integers(count, size=(edges, 2)).tolist():
+            if source < target:
+                entities[str(source)]["relations"].append(["located_at", str(target)])
+        text = " ".join(entity["tokens"] for entity in entities.values())
+        records.append({"text": text, "entities": entities})
+    return records
 
 
-def bench_gcn():
+def edge_index(records):
+    """The records' edges as torch_geometric has them: (2, 2E), both directions, each once."""
+    pairs, first = set(), 0
+    for record in records:
+        phrases, _, edges = gcn.read_radgraph(record)
+        for i, j in edges:
+            pairs |= {(first + i, first + j), (first + j, first + i)}
+        first += len(phrases)
+    return torch.tensor(sorted(pairs)).T
+
+
+def bench_gcn(features=772):
     try:
         from torch_geometric.nn import GCNConv, global_mean_pool
     except ImportError:
         return print("gcn: torch_geometric is not installed, nothing to compare with")
-    x, edges, graph, count = graph_batch()
-    net, first, second = GCN(772, 256, 256), GCNConv(772, 256), GCNConv(256, 256)
+    records = graph_records()
+    batch, edges = gcn.collate_graphs(records), edge_index(records)
+    graph, sizes = batch["graph_index"], batch["sizes"]
+    x = torch.randn(len(graph), features)
+    net, first, second = gcn.GCN(features, 256, 256), GCNConv(features, 256), GCNConv(256, 256)
+
+    def ours():
+        net(x, gcn.sparse_a_hat(batch), graph, sizes).sum().backward()
 
     def theirs():
-        both = torch.cat([edges, edges.flip(0)], 1)
-        h = second(torch.relu(first(x, both)), both)
-        global_mean_pool(h, graph, count).sum().backward()
+        h = second(torch.relu(first(x, edges)), edges)
+        global_mean_pool(h, graph, len(sizes)).sum().backward()
 
-    value, a, b = ratio(theirs, lambda: net(x, edges, graph, count).sum().backward(), runs=31)
+    value, a, b = ratio(theirs, ours, runs=31)
     row("torch_geometric's GCNConv x 2 + pool / GCN, 256 graphs", f"{value:.2f} x", ">= 1.3 x",
         f"{1e3 * a:.1f} ms / {1e3 * b:.1f} ms")
 
@@ -188,7 +222,8 @@ def best(function, items, repeats=3):
 
 
 def no_tokens(texts):
-    return {"input_ids": torch.zeros(len(texts), 256, dtype=torch.int64)}
+    ids = torch.zeros(len(texts), 256, dtype=torch.int64)
+    return {"input_ids": ids, "attention_mask": ids, "lengths": [256] * len(texts)}
 
 
 def enlarged(folder, count=24):
@@ -244,18 +279,22 @@ def shared_memory_mb():
                if line.startswith("Pss:")) / 1024
 
 
-def manifest_memory(path, queue):
-    """In a process of its own: memory above the imports after 200 batches by 4 workers."""
+def freeze(_worker):
+    """As in train.py: a collection would touch, and so copy, every page that is shared."""
+    gc.freeze()
+
+
+def manifest_memory(path):
+    """Memory above the imports, in MB, after 200 batches by 4 workers."""
     before = shared_memory_mb()
     large = Manifest(path, "train")
     studies = Studies(large, image_size=64, tokenize=no_tokens, negatives=True, graphs=True)
     batches = iter(DataLoader(studies, batch_sampler=GlobalBatches(len(studies), 128, 0, 0),
                               num_workers=4, collate_fn=studies.collate,
-                              worker_init_fn=train.start_worker, multiprocessing_context="fork"))
+                              worker_init_fn=freeze, multiprocessing_context="fork"))
     for _ in range(200):
         next(batches)
-    queue.put(shared_memory_mb() - before)
-    del batches
+    return shared_memory_mb() - before
 
 
 def bench_manifest(lines=400_000):
@@ -274,13 +313,8 @@ def bench_manifest(lines=400_000):
         Manifest(path, "train")
         row(f"{path.stat().st_size / 1e9:.1f} GB, {lines:,} lines: opened after the first time",
             f"{time.perf_counter() - began:.2f} s", "<= 5 s", f"indexed once in {indexed:.0f} s")
-        queue = multiprocessing.get_context("spawn").Queue()
-        process = multiprocessing.get_context("spawn").Process(
-            target=manifest_memory, args=(path, queue))
-        process.start()
-        row("memory above the imports, 4 workers, after 200 batches", f"{queue.get():.0f} MB",
-            "<= 200 MB")
-        process.join()
+        row("memory above the imports, 4 workers, after 200 batches",
+            f"{apart(manifest_memory, path):.0f} MB", "<= 200 MB")
 
 
 def bench_phantom():
@@ -293,44 +327,65 @@ def bench_phantom():
 # ---------------------------------------------------------------- train.py
 
 
-def step_seconds(folder):
-    """Median seconds a step of a run, its first epoch left out."""
+def log_steps(folder, skip=12):
+    """The records of a run's log that are of a step, the first ones left out."""
     lines = (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [r for r in map(json.loads, lines) if r.get("step", 0) > 12 and "loss" in r]
-    return statistics.median(128 / r["images_per_s"] for r in steps)
+    return [r for r in map(json.loads, lines) if "loss" in r and r["step"] > skip]
 
 
 def run_training(folder, ranks, threads, *flags):
+    """Median seconds of a step of the default run, its first epoch left out."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                str(ranks), train.__file__, "--out", str(folder), "--max-steps", "36", *flags]
     subprocess.run(command, check=True, capture_output=True, cwd=folder.parent,
                    env=os.environ | {"OMP_NUM_THREADS": str(threads)})
-    return step_seconds(folder)
+    return statistics.median(128 / r["images_per_s"] for r in log_steps(folder))
 
 
-def bare_step_seconds(path, steps=36):
-    """Median seconds of the encoders' forward and backward and the optimiser's step alone."""
+def to_device(x, device):
+    """A batch with its tensors on the device; lists stay."""
+    if isinstance(x, dict):
+        return {name: to_device(value, device) for name, value in x.items()}
+    return x.to(device) if torch.is_tensor(x) else x
+
+
+def synchronize(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def bare_step_seconds(path, steps, skip, encoders=("tiny", "tiny"), size=64, batch_size=128,
+                      device="cpu", precision="fp32"):
+    """Median seconds of the encoders' forward and backward and the optimiser's step alone.
+
+    path: a manifest, whose batches are made before; the whole method, random weights.
+    """
     torch.manual_seed(0)
-    clip = ClinicalCLIP("tiny", "tiny", 512, 64).train()
-    optimizer = torch.optim.AdamW(train.parameter_groups(clip, 1e-4), lr=1e-3)
-    studies = Studies(Manifest(path, "train"), image_size=64, tokenize=clip.tokenize,
+    clip = ClinicalCLIP(*encoders, 512, size, graph=True).to(device).train()
+    weights = [p for p in clip.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=device == "cuda")
+    studies = Studies(Manifest(path, "train"), image_size=size, tokenize=clip.tokenize,
                       negatives=True, graphs=True)
-    keys = list(GlobalBatches(len(studies), 128, 0, 0))
-    batches = [studies.collate([studies[key] for key in rows]) for rows in keys]
+    keys = itertools.islice(GlobalBatches(len(studies), batch_size, 0, 0), 12)
+    batches = [to_device(studies.collate([studies[key] for key in rows]), device) for rows in keys]
     times = []
     for batch in itertools.islice(itertools.cycle(batches), steps):
+        synchronize(device)
         began = time.perf_counter()
         optimizer.zero_grad()
-        sum((v * v.detach()).sum() for v in clip(batch).values()).backward()
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            out = clip(batch)
+        sum((v * v.detach()).sum() for v in out.values()).backward()
         optimizer.step()
+        synchronize(device)
         times.append(time.perf_counter() - began)
-    return statistics.median(times[12:])
+    return statistics.median(times[skip:])
 
 
-def timed_training(folder, queue):
-    """In a process of its own: the default run, and the share of each step outside, in per cent."""
+def timed_training(folder):
+    """The default run, in which calls are timed: the share of a step outside them, in per cent."""
     os.chdir(folder)
-    spent, first = [], []
+    spent, first, steps = [], [], []  # seconds of one step's pieces; gradients' arrival; all steps
 
     def timed(function, since=lambda began: began):
         def run(*args, **kwargs):
@@ -346,35 +401,32 @@ def timed_training(folder, queue):
             rows.register_hook(lambda _: first.append(time.perf_counter()))
         return out
 
+    timed_step = timed(torch.optim.AdamW.step)
+
+    def step(optimizer):
+        timed_step(optimizer)
+        steps.append(sum(spent))
+        spent.clear()
+        first.clear()
+
     ClinicalCLIP.forward = timed(forward)
     torch.Tensor.backward = timed(torch.Tensor.backward, lambda _: min(first))
-    torch.optim.AdamW.step = timed(torch.optim.AdamW.step)
-    log, shares = train.Run.log, []
-
-    def watch(run, record):
-        if "images_per_s" in record:
-            shares.append(100 * (1 - sum(spent) * record["images_per_s"] / 128))
-            spent.clear(), first.clear()
-        log(run, record)
-
-    train.Run.log = watch
+    torch.optim.AdamW.step = step
     train.main(["--out", "timed", "--max-steps", "36"])
-    queue.put(statistics.median(shares[12:]))
+    whole = [128 / r["images_per_s"] for r in log_steps("timed", skip=0)]
+    shares = [100 * (1 - inside / total) for inside, total in zip(steps, whole, strict=True)]
+    return statistics.median(shares[12:])
 
 
 def bench_train():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        queue = multiprocessing.get_context("spawn").Queue()
-        process = multiprocessing.get_context("spawn").Process(
-            target=timed_training, args=(folder, queue))
-        process.start()
-        row("share of a step outside encoders and optimiser", f"{queue.get():.1f} %", "<= 8 %")
-        process.join()
+        row("share of a step outside encoders and optimiser",
+            f"{apart(timed_training, folder):.1f} %", "<= 8 %")
         shares = []
         for turn in range(3):
             whole = run_training(folder / f"a{turn}", 1, torch.get_num_threads())
-            bare = bare_step_seconds(folder / "runs/phantom/phantom_neg.jsonl")
+            bare = bare_step_seconds(folder / "runs/phantom/phantom_neg.jsonl", steps=36, skip=12)
             shares.append(100 * (1 - bare / whole))
         row("a step's time above encoders and optimiser with idle cores",
             f"{statistics.median(shares):.1f} %", "-",
@@ -391,32 +443,212 @@ def bench_train():
 # ---------------------------------------------------------------- evaluate.py
 
 
-def bench_evaluate(count=64):
-    rng = np.random.default_rng(0)
-    scores, patients = rng.normal(size=(10_000, 14)), rng.integers(0, 6_000, 10_000)
-    truth = (rng.random((10_000, 14)) < 0.1).astype(np.float32)
-    began = time.perf_counter()
-    evaluate.bootstrap(evaluate.classification(scores, truth, list("abcdefghijklmn")), patients)
-    row("AUROC, AP, accuracy of 14 classes, 10,000 images, 1,000 resamples",
-        f"{time.perf_counter() - began:.1f} s", "<= 5 s")
+class RandomModel:
+    """Scores of no meaning at no cost: what remains is the work of evaluate.py."""
+
+    def transform(self, image):
+        return torch.zeros(1)
+
+    def encode_image(self, pixels):
+        return torch.randn(len(pixels), 64)
+
+    def encode_text(self, texts):
+        return torch.randn(len(texts), 64)
+
+
+def bench_evaluate(images=10_000, count=64):
     with tempfile.TemporaryDirectory() as name:
-        manifest = Manifest(make_phantom(Path(name), studies=count, size=256))
+        raw = Manifest(make_phantom(Path(name) / "few", studies=count, size=256))
+        many = Path(name) / "many.jsonl"
+        with open(many, "w", encoding="utf-8") as file:
+            for i in range(images):
+                record = raw[i % count] | {"id": f"phantom/{i}", "patient": str(i * 6 // 10)}
+                file.write(json.dumps(record) + "\n")
+        bench = evaluate.Bench(RandomModel(), Manifest(many))
+        zero_shot = evaluate.TASKS["zero-shot"]
+        zero_shot(bench)  # which embeds, once for all tasks
+        began = time.perf_counter()
+        zero_shot(bench)
+        row(f"zero-shot metrics of 14 classes, {images:,} images, 1,000 resamples",
+            f"{time.perf_counter() - began:.1f} s", "<= 10 s")
         clip = ClinicalCLIP("swin-t", "tiny", graph=False).eval()
-        pixels = torch.stack([clip.transform(read_image(manifest.image_path(i)))
-                              for i in range(len(manifest))])
+        pixels = torch.stack([clip.transform(read_image(raw.image_path(i)))
+                              for i in range(count)])
 
         def bare():
             with torch.inference_mode():
                 for part in pixels.split(16):
                     clip.encode_image(part)
 
-        value, a, b = ratio(bare, lambda: evaluate.embed_images(clip, manifest, 16), runs=3)
-        row("throughput of embed_images / bare Swin-T, 224 pixels", f"{value:.2f}", ">= 0.9",
-            f"{a:.1f} / {b:.1f} s for {len(manifest)} images")
+        value, a, b = ratio(bare, lambda: evaluate.Bench(clip, raw, batch_size=16).images, runs=3)
+        row("throughput of evaluation's embedding / bare Swin-T, 224 pixels", f"{value:.2f}",
+            ">= 0.9", f"{a:.1f} / {b:.1f} s for {count} images")
+
+
+# ---------------------------------------------------------------- a GPU
+
+
+class GPU(NamedTuple):
+    """What `gpu` measures; tests take smaller sizes."""
+
+    device: str = "cuda"
+    image_encoder: str = "swin-t"
+    bert: tuple = ()  # changes to BERT-base's configuration
+    image_size: int = 224
+    batches: tuple = (16, 32, 64, 128, 256)
+    precisions: tuple = ("fp32", "bf16")
+    systems: tuple = tuple(train.SYSTEMS)
+    systems_batch: int = 64
+    steps: int = 40
+    skip: int = 15  # of them: the first are slower
+    studies: int = 2500
+    workers: int = min(16, os.cpu_count() or 1)
+    losses: tuple = (1024, 2048, 4096, 8192)
+    width: int = 512
+    repeats: int = 10
+
+
+def long_phantom(folder, studies, size):
+    """A phantom of training rows alone, with reports about as long as MIMIC's: its manifest."""
+    raw = Manifest(make_phantom(folder / "phantom", studies=studies, size=size))
+    path = folder / "long.jsonl"
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(len(raw)):
+            record = annotate(raw[i]) | {"split": "train"}
+            for side in (record, *record["hard_negatives"]):
+                side["report"] = " ".join([side["report"]] * 3)
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
+def random_bert(folder, changes, manifest):
+    """A folder of BERT-base with random weights; its vocabulary has the words of the reports."""
+    from transformers import BertConfig, BertModel
+    config = BertConfig(**dict(changes))
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    rows = Manifest(manifest)
+    reports = {word for i in range(len(rows)) for word in re.findall(r"\w+|\S", rows[i]["report"])}
+    words = (words + sorted(reports))[:config.vocab_size]
+    words += [f"word{i}" for i in range(config.vocab_size - len(words))]
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def train_on(manifest, text_encoder, out, sizes, system, batch, precision):
+    """The log's steps of a run of train.py, or None if it ran out of memory."""
+    if sizes.device == "cuda":
+        torch.cuda.empty_cache()  # what this process keeps is not the run's
+    words = ["--train", manifest, "--out", out, "--system", system, "--batch-size", batch,
+             "--precision", precision, "--image-encoder", sizes.image_encoder, "--text-encoder",
+             text_encoder, "--image-size", sizes.image_size, "--max-steps", sizes.steps,
+             "--workers", sizes.workers]
+    done = subprocess.run([sys.executable, train.__file__, *map(str, words)], encoding="utf-8",
+                          capture_output=True)
+    if done.returncode and "out of memory" in done.stderr.lower():
+        return None
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return log_steps(out, sizes.skip)
+
+
+def steps_on_gpu(folder, manifest, text_encoder, sizes, card):
+    """The README's table, and where the time of a step goes."""
+    table = ["| GPU | batch | precision | images/s | GB |", "|---|---|---|---|---|"]
+    shares = ["| batch | precision | outside encoders and optimiser | waiting for data |",
+              "|---|---|---|---|"]
+    for precision in sizes.precisions:
+        for batch in sizes.batches:
+            steps = train_on(manifest, text_encoder, folder / f"{precision}-{batch}", sizes,
+                             "clip-ng-dtcg", batch, precision)
+            if steps is None:
+                table.append(f"| {card} | {batch} | {precision} | out of memory | - |")
+                continue
+            speed = statistics.median(r["images_per_s"] for r in steps)
+            memory = steps[-1]["memory_mb"] / 1024
+            table.append(f"| {card} | {batch} | {precision} | {speed:.0f} | {memory:.1f} |")
+            bare = bare_step_seconds(manifest, sizes.steps, sizes.skip,
+                                     (sizes.image_encoder, str(text_encoder)), sizes.image_size,
+                                     batch, sizes.device, precision)
+            outside = 100 * (1 - bare * speed / batch)
+            waited = 100 * statistics.median(r["data_wait"] for r in steps)
+            shares.append(f"| {batch} | {precision} | {outside:.1f} % | {waited:.1f} % |")
+    print("\nThe whole method, Swin-T and BERT-base:", "", *table, "", *shares, sep="\n")
+
+
+def systems_on_gpu(folder, manifest, text_encoder, sizes):
+    """Time of a step and memory of every system, relative to CLIP."""
+    precision, batch, rows = sizes.precisions[-1], sizes.systems_batch, {}
+    for system in sizes.systems:
+        steps = train_on(manifest, text_encoder, folder / system, sizes, system, batch, precision)
+        if steps:
+            rows[system] = (statistics.median(1 / r["images_per_s"] for r in steps),
+                            steps[-1]["memory_mb"])
+    print(f"\nRelative to CLIP, batch {batch}, {precision}:", "",
+          "| system | time of a step | peak memory |", "|---|---|---|", sep="\n")
+    for system, (seconds, memory) in rows.items():
+        first = rows["clip"]
+        print(f"| {system} | {seconds / first[0]:.2f} | {memory / first[1]:.2f} |")
+
+
+def loss_on_gpu(function, sizes):
+    """Milliseconds and GB beyond its inputs of function(), as a cell of a table."""
+    cuda = sizes.device == "cuda"
+    times = []
+    try:
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        with torch.device(sizes.device):  # what the functions make is made there
+            for _ in range(sizes.repeats + 1):
+                synchronize(sizes.device)
+                began = time.perf_counter()
+                function()
+                synchronize(sizes.device)
+                times.append(time.perf_counter() - began)
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    memory = f", {(torch.cuda.max_memory_allocated() - before) / 2**30:.2f} GB" if cuda else ""
+    return f"{1e3 * statistics.median(times[1:]):.1f} ms{memory}"
+
+
+def losses_on_gpu(sizes):
+    print(f"\nThe loss alone, forward and backward, D = {sizes.width}, with hard negatives and "
+          "graphs:\n\n| B | InfoNCE | 18 literal KL terms | this loss | row_chunk=256 |\n"
+          "|---|---|---|---|---|")
+    for B in sizes.losses:
+        rows, scale = loss_batch(B, sizes.width)
+        rows = {name: x.detach().to(sizes.device) for name, x in rows.items()}
+        for name, x in rows.items():
+            x.requires_grad_("labels" not in name)
+        scale = scale.detach().to(sizes.device).requires_grad_()
+        chunked = functools.partial(ours, row_chunk=256)
+        cells = [loss_on_gpu(functools.partial(function, rows, scale), sizes)
+                 for function in (info_nce, literal, ours, chunked)]
+        print(f"| {B} | {' | '.join(cells)} |", flush=True)
+
+
+def bench_gpu(sizes=None):
+    """sizes: a GPU; none: the paper's encoders."""
+    sizes = sizes or GPU()
+    if sizes.device == "cuda" and not torch.cuda.is_available():
+        return print("gpu: there is no GPU here, so nothing was measured")
+    card = torch.cuda.get_device_name() if sizes.device == "cuda" else sizes.device
+    print(f"gpu: {card}, torch {torch.__version__}, {sizes.workers} reading processes")
+    losses_on_gpu(sizes)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        manifest = long_phantom(folder, sizes.studies, max(32, sizes.image_size * 8 // 7))
+        text_encoder = random_bert(folder / "bert", sizes.bert, manifest)
+        steps_on_gpu(folder, manifest, text_encoder, sizes, card)
+        systems_on_gpu(folder, manifest, text_encoder, sizes)
 
 
 PARTS = {"loss": bench_loss, "gcn": bench_gcn, "images": bench_images, "manifest": bench_manifest,
-         "phantom": bench_phantom, "train": bench_train, "evaluate": bench_evaluate}
+         "phantom": bench_phantom, "train": bench_train, "evaluate": bench_evaluate,
+         "gpu": bench_gpu}
 
 if __name__ == "__main__":
     unknown = set(sys.argv[1:]) - set(PARTS)

@@ -21,8 +21,8 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def phantom(tmp_path_factory):
     """A phantom of 160 studies with labels, hard negatives and graphs: the path of its manifest."""
-    from data import make_phantom
-    from negations import annotate, read_jsonl
+    from data import make_phantom, read_jsonl
+    from negations import annotate
     raw = make_phantom(tmp_path_factory.mktemp("phantom"), studies=160, size=64, seed=1)
     path = raw.with_name("phantom_neg.jsonl")
     with open(path, "w", encoding="utf-8") as file:

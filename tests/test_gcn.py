@@ -1,4 +1,4 @@
-"""gcn.py against hand-computed graphs and torch_geometric.
+"""gcn.py against hand-computed graphs, a dense oracle in float64 and torch_geometric.
 
 SPDX-License-Identifier: MIT
 """
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gcn
-from gcn import GCN, NODE_LABELS, collate_graphs, normalized_adjacency, read_radgraph
+from gcn import GCN, NODE_LABELS, GraphError, collate_graphs, read_radgraph, sparse_a_hat
 
 V1 = {"text": "no effusion left base", "entities": {
     "1": {"tokens": "effusion", "label": "OBS-DA", "start_ix": 1, "end_ix": 1,
@@ -28,21 +28,47 @@ XL = {"text": "possible opacity 3 mm", "entities": {
     "4": {"tokens": "edema", "label": "Observation::definitely absent", "relations": []}}}
 
 
-def random_batch(sizes, features=5, seed=0):
-    """Simple graphs of the given sizes, each edge once, as GCN.forward takes them."""
+def record(size, *edges):
+    """A record of `size` entities, 0 to size - 1, each edge a relation of its first end."""
+    return {"entities": {str(i): {
+        "tokens": f"word {i}", "label": "OBS-DP",
+        "relations": [["modify", str(b)] for a, b in edges if a == i]} for i in range(size)}}
+
+
+def random_records(sizes, seed=0):
+    """Records of simple random graphs and their edges: each pair with probability 0.4."""
     g = torch.Generator().manual_seed(seed)
-    edges, graph, start = [], [], 0
-    for k, size in enumerate(sizes):
-        pairs = torch.triu_indices(size, size, 1) + start
-        edges.append(pairs[:, torch.rand(pairs.shape[1], generator=g) < 0.4])
-        graph += [k] * size
-        start += size
-    x = torch.randn(start, features, generator=g)
-    return x, torch.cat(edges, 1), torch.tensor(graph, dtype=torch.int64), len(sizes)
+    edges = [[(i, j) for i in range(size) for j in range(i + 1, size)
+              if torch.rand((), generator=g) < 0.4] for size in sizes]
+    return [record(size, *pairs) for size, pairs in zip(sizes, edges, strict=True)], edges
+
+
+def network(seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    net = GCN(5, 7, 3)
+    for layer in (net.layer1, net.layer2):
+        torch.nn.init.uniform_(layer.bias, -1, 1)
+    return net.to(dtype)
+
+
+def run(net, records, x):
+    graphs = collate_graphs(records)
+    return net(x, sparse_a_hat(graphs).to(x.dtype), graphs["graph_index"], graphs["sizes"])
+
+
+def dense(net, x, edges):
+    """One graph by Kipf's formula, written with dense matrices and loops: the oracle."""
+    a = torch.eye(len(x), dtype=x.dtype)
+    for i, j in edges:
+        a[i, j] = a[j, i] = 1
+    root = torch.diag(a.sum(1) ** -0.5)
+    a_hat = root @ a @ root
+    h = torch.relu(a_hat @ x @ net.layer1.weight.T + net.layer1.bias)
+    return (a_hat @ h @ net.layer2.weight.T + net.layer2.bias).mean(0)
 
 
 def test_adjacency_of_a_path_of_three_nodes_by_hand():
-    a_hat = normalized_adjacency(torch.tensor([[0, 1], [1, 2]]), 3)
+    a_hat = sparse_a_hat(collate_graphs([record(3, (0, 1), (1, 2))])).to_dense()
     # degrees with self loops: 2, 3, 2
     s = 6 ** -0.5
     assert torch.allclose(a_hat, torch.tensor([[1 / 2, s, 0], [s, 1 / 3, s], [0, s, 1 / 2]]))
@@ -55,84 +81,111 @@ def test_gcn_of_three_nodes_by_hand():
             layer.weight.fill_(weight)
             layer.bias.fill_(bias)
     x = torch.tensor([[1.0], [0.0], [-1.0]])
-    out = net(x, torch.tensor([[0, 1], [1, 2]]), torch.zeros(3, dtype=torch.int64), 1)
+    path = [record(3, (0, 1), (1, 2))]
     # A X = (1/2, 0, -1/2); H1 = relu(2 A X - 1) = (0, 0, 0); H2 = 0.5 everywhere
-    assert out.tolist() == [[0.5]]
+    assert run(net, path, x).tolist() == [[0.5]]
     with torch.no_grad():
         net.layer1.bias.fill_(1.0)
     # H1 = relu(1 + 1, 0 + 1, -1 + 1) = (2, 1, 0); A H1 = (1 + s, 2s + 1/3, s); mean of 3 A H1 + 0.5
     s = 6 ** -0.5
     expected = 0.5 + 3 * ((1 + s) + (2 * s + 1 / 3) + s) / 3
-    out = net(x, torch.tensor([[0, 1], [1, 2]]), torch.zeros(3, dtype=torch.int64), 1)
-    assert out.item() == pytest.approx(expected)
+    assert run(net, path, x).item() == pytest.approx(expected)
 
 
 def test_repeated_edges_both_directions_and_self_loops_leave_the_adjacency_zero_or_one():
-    once = normalized_adjacency(torch.tensor([[0], [1]]), 3)
-    messy = normalized_adjacency(torch.tensor([[0, 0, 1, 2], [1, 1, 0, 2]]), 3)
+    once = sparse_a_hat(collate_graphs([record(3, (0, 1))])).to_dense()
+    messy = sparse_a_hat(collate_graphs([record(3, (0, 1), (0, 1), (1, 0), (2, 2))])).to_dense()
     assert torch.equal(once, messy)
     assert once[2].tolist() == [0, 0, 1]  # an isolated node keeps itself
 
 
-def test_a_batch_of_graphs_equals_its_graphs_one_by_one():
-    torch.manual_seed(0)
-    net = GCN(5, 7, 3)
-    x, edges, graph, count = random_batch([3, 0, 1, 6])
-    together = net(x, edges, graph, count)
-    for k in range(count):
-        mine = (graph == k).nonzero()[:, 0]
-        if len(mine) == 0:
-            assert together[k].tolist() == [0, 0, 0]
-            continue
-        local = edges[:, graph[edges[0]] == k] - mine[0]
-        a_hat = normalized_adjacency(local, len(mine))
-        h = torch.relu(a_hat @ x[mine] @ net.layer1.weight.T + net.layer1.bias)
-        h = a_hat @ h @ net.layer2.weight.T + net.layer2.bias
-        assert torch.allclose(together[k], h.mean(0), atol=1e-6)
+def test_the_sparse_matrix_is_sorted_distinct_and_symmetric_as_it_claims_to_be():
+    records, _ = random_records([3, 0, 1, 6])
+    a_hat = sparse_a_hat(collate_graphs(records))
+    pairs = [tuple(pair) for pair in a_hat.indices().T.tolist()]
+    assert a_hat.is_coalesced() and pairs == sorted(set(pairs))
+    assert torch.equal(a_hat.to_dense(), a_hat.to_dense().T)
 
 
-def test_node_order_does_not_matter():
-    torch.manual_seed(0)
-    net = GCN(5, 7, 3)
-    x, edges, graph, count = random_batch([4, 6, 2])
-    order = torch.randperm(len(x))
-    where = order.argsort()
-    shuffled = net(x[order], where[edges], graph[order], count)
-    assert torch.allclose(shuffled, net(x, edges, graph, count), atol=1e-6)
-    assert not torch.allclose(net(x[order], edges, graph, count), net(x, edges, graph, count))
-
-
-def test_a_batch_without_any_node_gives_zeros():
-    net = GCN(5, 7, 3)
-    out = net(torch.zeros(0, 5), torch.zeros(2, 0, dtype=torch.int64),
-              torch.zeros(0, dtype=torch.int64), 2)
-    assert out.tolist() == [[0, 0, 0], [0, 0, 0]]
-
-
-@pytest.mark.parametrize("x,edges,graph,message", [
-    (torch.zeros(2, 5), torch.zeros(2, 0), torch.zeros(3), r"expected x \(V, F\) and graph_index"),
-    (torch.zeros(2, 5), torch.zeros(3, 0), torch.zeros(2), r"expected edge_index \(2, E\)"),
-    (torch.zeros(2, 5), torch.zeros(2, 0), torch.full((2,), 4), "expected graph_index below"),
-    (torch.zeros(2, 5), torch.full((2, 1), -1), torch.zeros(2), "of at least 0"),
-])
-def test_shapes_that_do_not_fit_are_refused(x, edges, graph, message):
-    with pytest.raises(ValueError, match=message):
-        GCN(5, 7, 3)(x, edges.long(), graph.long(), 2)
+def test_a_batch_and_its_gradients_equal_dense_graphs_one_by_one():
+    sizes = [3, 1, 6, 12]
+    records, edges = random_records(sizes)
+    net = network(dtype=torch.float64)
+    x = torch.randn(sum(sizes), 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(len(sizes), 3, dtype=torch.float64)
+    ours = run(net, records, x)
+    oracle = torch.stack([dense(net, rows, pairs)
+                          for rows, pairs in zip(x.split(sizes), edges, strict=True)])
+    assert torch.allclose(ours, oracle, atol=1e-6)  # A_hat itself is float32
+    tensors = [x, *net.parameters()]
+    for mine, theirs in zip(torch.autograd.grad((ours * weight).sum(), tensors),
+                            torch.autograd.grad((oracle * weight).sum(), tensors), strict=True):
+        assert theirs.abs().max() > 1e-3
+        assert torch.allclose(mine, theirs, atol=1e-5)
 
 
 def test_two_layers_equal_torch_geometric():
     nn = pytest.importorskip("torch_geometric.nn", reason="torch_geometric is not installed")
-    torch.manual_seed(0)
-    net = GCN(5, 7, 3)
+    net = network()
     first, second = nn.GCNConv(5, 7), nn.GCNConv(7, 3)
     with torch.no_grad():
         for ours, theirs in ((net.layer1, first), (net.layer2, second)):
             theirs.lin.weight.copy_(ours.weight)
-            theirs.bias.copy_(ours.bias.uniform_(-1, 1))
-    x, edges, graph, count = random_batch([4, 1, 9])
-    both = torch.cat([edges, edges.flip(0)], 1)
-    theirs = nn.global_mean_pool(second(torch.relu(first(x, both)), both), graph, count)
-    assert torch.allclose(net(x, edges, graph, count), theirs, atol=1e-6)
+            theirs.bias.copy_(ours.bias)
+    records, edges = random_records([4, 1, 9])
+    pairs = [(i + start, j + start) for start, graph in zip((0, 4, 5), edges, strict=True)
+             for i, j in graph]
+    both = torch.tensor(pairs + [(j, i) for i, j in pairs]).T
+    x, graph = torch.randn(14, 5), collate_graphs(records)["graph_index"]
+    theirs = nn.global_mean_pool(second(torch.relu(first(x, both)), both), graph, 3)
+    assert torch.allclose(run(net, records, x), theirs, atol=1e-6)
+
+
+def test_a_graphs_result_does_not_depend_on_its_company():
+    records, _ = random_records([4, 9, 1])
+    net, x = network(), torch.randn(14, 5)
+    together = run(net, records, x)
+    for k, rows in enumerate(x.split([4, 9, 1])):
+        assert torch.allclose(run(net, records[k:k + 1], rows)[0], together[k], atol=1e-6)
+    assert not torch.allclose(together[0], together[1], atol=1e-3)
+
+
+def test_the_same_batch_gives_the_same_bits_forward_and_backward():
+    records, _ = random_records([30, 9, 1, 54] * 4)
+    net, x = network(), torch.randn(94 * 4, 5, requires_grad=True)
+    runs = [torch.autograd.grad(run(net, records, x).square().sum(), [x, *net.parameters()])
+            for _ in range(3)]
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+
+
+def test_node_order_does_not_matter():
+    net, x = network(), torch.randn(4, 5)
+    order = torch.tensor([2, 0, 3, 1])  # new node k is the old node order[k]
+    place = order.argsort().tolist()
+    edges = [(0, 1), (1, 2), (1, 3)]
+    moved = [record(4, *[(place[i], place[j]) for i, j in edges])]
+    expected = run(net, [record(4, *edges)], x)
+    assert torch.allclose(run(net, moved, x[order]), expected, atol=1e-6)
+    assert not torch.allclose(run(net, moved, x), expected, atol=1e-3)
+
+
+def test_autocast_does_not_lower_the_precision():
+    records, _ = random_records([4, 6])
+    net, x = network(), torch.randn(10, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (x @ x.T).dtype == torch.bfloat16  # the negative control
+        inside = run(net, records, x)
+    assert torch.equal(inside, run(net, records, x)) and inside.dtype == torch.float32
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    graphs = collate_graphs([record(3, (0, 1))])
+    a_hat, graph_index, sizes = sparse_a_hat(graphs), graphs["graph_index"], graphs["sizes"]
+    for x, index in ((torch.zeros(2, 5), graph_index), (torch.zeros(3, 5), graph_index[:2]),
+                     (torch.zeros(3, 5), graph_index + 1)):
+        with pytest.raises((RuntimeError, IndexError)):
+            network()(x, a_hat, index, sizes)
 
 
 def test_both_label_styles_are_read():
@@ -147,41 +200,86 @@ def test_a_record_may_come_under_its_key(wrapped):
     assert read_radgraph(wrapped) == read_radgraph(V1)
 
 
-@pytest.mark.parametrize("record", [{}, {"text": "", "entities": {}}, {"0": {"entities": {}}}])
-def test_empty_records_are_empty_graphs(record):
-    assert read_radgraph(record) == ([], [], [])
+@pytest.mark.parametrize("empty", [{}, {"entities": {}}, {"text": "", "entities": {}},
+                                   {"0": {"entities": {}}}, {"0": {}}])
+def test_empty_records_are_empty_graphs(empty):
+    assert read_radgraph(empty) == ([], [], [])
+
+
+@pytest.mark.parametrize("wrong", [
+    {"0": []}, {"secret": "secret"}, {"0": {"0": V1}}, {"entities": []}, {"entities": None}, [],
+    None, "secret", {"0": V1, "1": V1}, {"text": "secret", "data_source": None}])
+def test_what_is_no_record_is_refused(wrong):
+    with pytest.raises(GraphError, match="expected a RadGraph record") as caught:
+        read_radgraph(wrong)
+    assert "secret" not in str(caught.value)
+
+
+LABEL = "expected a label of RadGraph or of RadGraph-XL"
+RELATIONS = "expected relations as a list of"
 
 
 @pytest.mark.parametrize("entity,message", [
-    ({"tokens": "secret", "label": "OBS", "relations": []}, "entity '1': unknown label 'OBS'"),
-    ({"tokens": "secret", "label": "OBS-DP", "relations": [["modify", "9"]]},
-     "entity '1': relation 'modify' points to unknown entity '9'"),
-    ({"label": "OBS-DP"}, "entity '1': expected an object with text in tokens"),
-    ({"tokens": "secret", "label": 5}, "entity '1': unknown label 5"),
+    ({"tokens": "secret", "label": "secret"}, LABEL),
+    ({"tokens": "secret", "label": "OBS"}, LABEL),
+    ({"tokens": "secret", "label": "Observation::secret"}, LABEL),
+    ({"tokens": "secret", "label": 5}, LABEL),
+    ({"tokens": "secret", "label": ["secret"]}, LABEL),
+    ({"tokens": "secret"}, LABEL),
+    ({"label": "OBS-DP"}, "expected an object with text in tokens"),
     ({"tokens": ["secret"], "label": "OBS-DP"}, "expected an object with text in tokens"),
-    ({"tokens": "secret", "label": "OBS-DP", "relations": ["x"]}, "expected relations as"),
+    ("secret", "expected an object with text in tokens"),
+    *[({"tokens": "secret", "label": "OBS-DP", "relations": relations}, RELATIONS)
+      for relations in ([["secret", "9"]], [["secret", ["1"]]], [[["secret"], {"secret": 1}]],
+                        [["secret", "secret", "1"]], ["secret"], [7], 7, None, {"secret": 1},
+                        [["secret", None]])],
 ])
-def test_bad_records_are_refused_by_name_without_showing_text(entity, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        read_radgraph({"text": "secret", "entities": {"1": entity}})
-    assert "secret" not in str(caught.value)
+def test_bad_entities_are_named_by_their_place_without_showing_text(entity, message):
+    good = {"tokens": "secret", "label": "OBS-DP", "relations": []}
+    with pytest.raises(GraphError, match=f"RadGraph entity 2: {message}") as caught:
+        read_radgraph({"text": "secret", "entities": {"0": good, "secret": entity}})
+    assert "secret" not in str(caught.value) and caught.value.__cause__ is None
+    assert "\n" not in str(caught.value)
+
+
+def test_a_record_has_at_most_two_thousand_entities():
+    assert len(read_radgraph(record(2000))[0]) == 2000
+    with pytest.raises(GraphError, match="expected at most 2000 entities"):
+        read_radgraph(record(2001))
+
+
+def test_a_graph_error_is_a_value_error():
+    assert issubclass(GraphError, ValueError)
 
 
 def test_collated_graphs_keep_each_phrase_once_and_shift_edges():
     batch = collate_graphs([V1, {}, XL, V1])
     assert batch["phrases"] == ["effusion", "left", "base", "opacity", "3 mm", "lung", "edema"]
-    assert batch["node"].tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]
-    assert batch["graph_index"].tolist() == [0, 0, 0, 2, 2, 2, 2, 3, 3, 3]
-    assert batch["edge_index"].T.tolist() == [[0, 2], [1, 2], [4, 3], [7, 9], [8, 9]]
-    assert [NODE_LABELS[i] for i in batch["label"][:1]] == ["OBS-DA"]
-    assert batch["num_graphs"] == 4
-    assert collate_graphs([{}])["edge_index"].shape == (2, 0)
+    assert batch["node"].tolist() == [0, 1, 2, -1, 3, 4, 5, 6, 0, 1, 2]
+    assert batch["graph_index"].tolist() == [0, 0, 0, 1, 2, 2, 2, 2, 3, 3, 3]
+    assert batch["sizes"].tolist() == [3, 1, 4, 3]
+    once = [pair for pair in batch["a_indices"].T.tolist() if pair[0] < pair[1]]
+    assert once == [[0, 2], [1, 2], [4, 5], [8, 10], [9, 10]]
+    assert [NODE_LABELS[i] for i in batch["label"][:4]] == ["OBS-DA", "ANAT-DP", "ANAT-DP",
+                                                            "ANAT-DP"]
+    dtypes = {name: value.dtype for name, value in batch.items() if name != "phrases"}
+    assert dtypes == dict.fromkeys(("node", "label", "a_indices", "graph_index"), torch.int64) | \
+        dict.fromkeys(("a_values", "sizes"), torch.float32)
+
+
+def test_a_batch_of_empty_graphs_has_one_node_a_graph_and_no_phrase():
+    batch = collate_graphs([{}, {}])
+    assert batch["phrases"] == [] and batch["node"].tolist() == [-1, -1]
+    assert sparse_a_hat(batch).to_dense().tolist() == [[1, 0], [0, 1]]
+    assert batch["sizes"].tolist() == [1, 1]
 
 
 def test_the_file_works_alone(tmp_path):
     shutil.copy(Path(gcn.__file__), tmp_path)
     script = ("import torch, gcn; b = gcn.collate_graphs([{}]); net = gcn.GCN(3, 4, 5);"
-              "print(net(torch.zeros(0, 3), b['edge_index'], b['graph_index'], 1).shape)")
+              "a_hat = gcn.sparse_a_hat(b);"
+              "print(net(torch.zeros(1, 3), a_hat, b['graph_index'], b['sizes']).shape)")
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "torch.Size([1, 5])"

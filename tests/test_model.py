@@ -4,15 +4,19 @@ SPDX-License-Identifier: MIT
 """
 
 import pickle
+import random
+import zipfile
 
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gcn import collate_graphs
 from model import (
     ClinicalCLIP,
     HuggingFaceCLIP,
+    ModelError,
     TinyTokenizer,
     export_model,
     load_checkpoint,
@@ -78,23 +82,117 @@ def test_graph_polarity_is_seen_although_the_phrase_is_the_same():
     assert torch.equal(rows[2], rows[3])  # the learned empty node
 
 
-def test_a_phrase_has_the_same_vector_in_any_company():
+def random_phrases(count, seed=0):
+    """Distinct phrases of one to four words, most of which are not in the test's vocabulary."""
+    rng, phrases = random.Random(seed), set()
+    words = "heart lung no left abnormal effusion effusions normal small large base mild".split()
+    while len(phrases) < count:
+        phrases.add(" ".join(rng.choice(words) for _ in range(rng.randint(1, 4))))
+    return sorted(phrases)
+
+
+@pytest.mark.parametrize("encoder", ["tiny", "bert"])
+def test_a_phrase_has_the_same_bits_in_any_company_and_place(encoder, bert_folder):
+    model = tiny(text_encoder="tiny" if encoder == "tiny" else str(bert_folder))
+    phrases = random_phrases(400)
+    phrases += ["heart " * 100, "heart lung " * 100, "!"]  # longer than the shape, without a word
+    together = model.encode_phrases(phrases)
+    order = list(range(len(phrases)))
+    random.Random(1).shuffle(order)
+    assert torch.equal(model.encode_phrases([phrases[i] for i in order]), together[order])
+    for i in [0, 17, 200, 399, 400, 402]:
+        assert torch.equal(model.encode_phrases([phrases[i]])[0], together[i])
+    assert not torch.allclose(together[0], together[1], atol=1e-3)  # the negative control
+
+
+@pytest.mark.parametrize("encoder", ["tiny", "bert"])
+def test_a_phrases_vector_is_the_mean_of_its_words_hidden_states(encoder, bert_folder):
+    model = tiny(text_encoder="tiny" if encoder == "tiny" else str(bert_folder))
+    for phrase in ("heart", "no left lung", "effusions"):
+        tokens = model.tokenize([phrase])
+        with torch.no_grad():
+            hidden = model.phrase_encoder.eval()(tokens["input_ids"], tokens["attention_mask"])[0]
+        words = hidden[1:] if encoder == "tiny" else hidden[1:-1]
+        assert torch.allclose(model.encode_phrases([phrase])[0], words.mean(0), atol=1e-6)
+
+
+def test_a_phrase_is_encoded_once_and_its_row_is_never_saved():
+    model = tiny()
+    before = set(model.state_dict())
+    first = model.encode_graph([XL, V1])
+    table = model.phrase_table
+    assert torch.equal(model.encode_graph([XL, V1]), first) and model.phrase_table is table
+    assert len(table) == len(model.phrase_row) == 1 + 7
+    assert set(model.state_dict()) == before
+    assert not any("phrase_table" in name for name, _ in model.named_buffers())
+
+
+def test_graphs_do_not_depend_on_what_was_encoded_before():
     first, second = tiny(), tiny()
-    first.encode_graph([XL, V1])
-    alone = second.encode_graph([V1])
-    assert torch.equal(first._phrases["effusion"], second._phrases["effusion"])
-    assert torch.allclose(first.encode_graph([V1]), alone, atol=1e-6)
+    first.encode_graph([XL])
+    assert torch.equal(first.encode_graph([V1, {}]), second.encode_graph([V1, {}]))
 
 
-def test_the_frozen_phrase_encoder_keeps_its_weights_and_its_eval_mode(bert_folder):
+def test_phrases_of_an_evaluation_serve_training():
+    model = tiny()
+    with torch.inference_mode():
+        model.encode_graph([V1])
+    model.encode_graph([V1, XL]).sum().backward()
+    assert model.gcn.layer1.weight.grad.abs().sum() > 0
+
+
+def test_the_table_follows_the_module_to_its_device():
+    model = tiny()
+    model.encode_graph([V1])
+    rows = model.to("meta").phrase_rows(["effusion"])
+    assert rows.device.type == model.phrase_table.device.type == "meta"
+
+
+def test_the_frozen_phrase_encoder_keeps_its_weights_and_has_no_dropout(bert_folder):
     model = tiny(text_encoder=str(bert_folder)).train()
-    assert model.text_encoder.training and not model.phrase_encoder.training
     assert not any(p.requires_grad for p in model.phrase_encoder.parameters())
+    assert torch.equal(model.encode_phrases(["heart"]), model.encode_phrases(["heart"]))
+    text = [model.encode_text(["heart"]) for _ in range(2)]
+    assert not torch.equal(*text)  # the negative control: in training the text encoder has some
     with torch.no_grad():
         for p in model.text_encoder.parameters():
             p.add_(1)
     assert not torch.equal(next(model.phrase_encoder.parameters()),
                            next(model.text_encoder.parameters()))
+
+
+class Waits(TorchDispatchMode):
+    """Notes each operation that would make the host wait for a GPU's result."""
+
+    names = ("_local_scalar_dense", "nonzero", "_unique", "unique_dim", "item", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__.startswith(self.names):
+            self.seen.append(str(function))
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("image", ["tiny", "swin-t"])
+@pytest.mark.parametrize("text", ["tiny", "bert"])
+def test_a_warm_step_never_waits_for_the_device(text, image, bert_folder):
+    model = tiny(image_encoder=image, text_encoder="tiny" if text == "tiny" else str(bert_folder))
+    batch = {"pixels": torch.randint(0, 256, (3, 1, 32, 32), dtype=torch.uint8)}
+    for side, records in (("", [V1, {}, XL]), ("hard_", [XL, V1, V1])):
+        batch[f"{side}text"] = model.tokenize(["No heart. " * 50, *TEXTS[1:]])
+        batch[f"{side}graph"] = collate_graphs(records)
+    model(batch)  # now all phrases are in the table
+    with Waits() as waits:
+        sum(value.sum() for value in model(batch).values()).backward()
+    assert waits.seen == []
+    with Waits() as waits:
+        torch.ones(2).sum().item()
+        torch.ones(2).nonzero()
+        torch.ones(2).unique()
+    assert len(waits.seen) == 3  # the negative control
 
 
 def test_every_trained_weight_gets_a_gradient_so_that_ddp_needs_no_search(bert_folder):
@@ -110,8 +208,6 @@ def test_every_trained_weight_gets_a_gradient_so_that_ddp_needs_no_search(bert_f
 def test_a_system_without_graphs_has_no_graph_weights():
     model = tiny(graph=False)
     assert not [name for name, _ in model.named_parameters() if "gcn" in name or "phrase" in name]
-    with pytest.raises(ValueError, match="without the graph stream"):
-        model.encode_graph([V1])
 
 
 def test_the_temperature_stays_between_clips_bounds():
@@ -120,6 +216,51 @@ def test_the_temperature_stays_between_clips_bounds():
         model.logit_scale.data.fill_(value)
         model.clamp_temperature()
         assert model.logit_scale.exp().item() == pytest.approx(kept, rel=1e-5)
+
+
+@pytest.mark.parametrize("framework,temperature", [("softmax", 0.07), ("sigmoid", 0.1)])
+def test_each_framework_has_its_temperature_and_sigmoid_alone_a_bias(framework, temperature):
+    model = tiny(framework=framework)
+    batch = {"pixels": torch.zeros(3, 1, 32, 32), "text": model.tokenize(TEXTS)}
+    assert model(batch)["logit_scale"].item() == pytest.approx(1 / temperature)
+    assert tiny(framework=framework, temperature=0.5).logit_scale.exp().item() == pytest.approx(2)
+    names = {name for name, _ in model.named_parameters()}
+    assert ("logit_bias" in names) == ("logit_bias" in model(batch)) == (framework == "sigmoid")
+    assert names - {"logit_bias"} == {name for name, _ in tiny().named_parameters()}
+
+
+def test_under_sigmoid_the_bias_is_learned_and_not_clamped():
+    model = tiny(framework="sigmoid", graph=False)
+    batch = {"pixels": torch.zeros(3, 1, 32, 32), "text": model.tokenize(TEXTS)}
+    out = model(batch)
+    assert out["logit_bias"].item() == -10
+    sum(value.sum() for value in out.values()).backward()
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    model.clamp_temperature()
+    assert model.logit_bias.item() == -10
+
+
+@pytest.mark.parametrize("how", ["run folder", "export"])
+@pytest.mark.parametrize("framework", ["softmax", "sigmoid"])
+def test_a_saved_model_keeps_its_framework(framework, how, tmp_path):
+    model = tiny(framework=framework)
+    if framework == "sigmoid":
+        model.logit_bias.data.fill_(-2.5)
+    if how == "export":
+        export_model(model, tmp_path / "run")
+    else:
+        save_run(model, tmp_path / "run")
+    again = load_model(tmp_path / "run")
+    assert again.config == model.config and again.config["framework"] == framework
+    if framework == "sigmoid":
+        assert again.logit_bias.item() == -2.5
+
+
+def test_a_checkpoint_that_names_no_framework_is_softmax(tmp_path):
+    model = tiny()
+    del model.config["framework"]
+    again = load_model(save_run(model, tmp_path / "run"))
+    assert again.config["framework"] == "softmax" and not hasattr(again, "logit_bias")
 
 
 def test_a_folder_without_tokenizer_config_is_read_cased_with_golden_ids(bert_folder):
@@ -161,16 +302,37 @@ def test_swin_weights_are_loaded_from_a_file_and_must_fit(tmp_path):
     assert torch.equal(model.image_encoder.norm.weight, source.norm.weight)
     assert torch.equal(model.image_encoder.features[0][0].weight, source.features[0][0].weight)
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="other.pth: weights do not fit: missing"):
+    with pytest.raises(ModelError, match="other.pth: weights do not fit: Unexpected key"):
         tiny(image_encoder=str(tmp_path / "other.pth"))
 
 
-def test_best_is_taken_before_last(tmp_path):
+def test_swin_weights_may_be_in_torchs_older_format_and_are_refused_when_cut(tmp_path):
+    from torchvision.models import swin_t
+    torch.manual_seed(5)
+    source, path = swin_t(), tmp_path / "swin.pth"
+    torch.save(source.state_dict(), path, _use_new_zipfile_serialization=False)
+    model = tiny(image_encoder=str(path), graph=False)
+    assert torch.equal(model.image_encoder.norm.weight, source.norm.weight)
+    for part in (path.read_bytes()[:100_000], b"", b"not weights"):
+        path.write_bytes(part)
+        with pytest.raises(ModelError, match="swin.pth: expected tiny, swin-t or an intact file"):
+            tiny(image_encoder=str(path))
+    for strange in ([torch.zeros(1)], {1: torch.zeros(1)}, {"norm.weight": "text"}):
+        torch.save(strange, path)
+        with pytest.raises(ModelError, match="swin.pth: "):
+            tiny(image_encoder=str(path))
+
+
+def test_best_is_taken_before_last_and_previous_after_it(tmp_path):
     folder = save_run(tiny(), tmp_path / "run")
     torch.manual_seed(9)
     best = ClinicalCLIP("tiny", "tiny", 16, 32)
     torch.save({"model": best.state_dict(), "model_config": best.config}, folder / "best.pt")
     assert torch.equal(load_model(folder).image_projection.weight, best.image_projection.weight)
+    (folder / "best.pt").unlink()
+    (folder / "last.pt").rename(folder / "previous.pt")
+    assert not torch.equal(load_model(folder).image_projection.weight,
+                           best.image_projection.weight)
 
 
 class Malicious:
@@ -181,29 +343,59 @@ class Malicious:
 def test_a_malicious_or_damaged_checkpoint_is_refused(tmp_path, capsys):
     with open(tmp_path / "last.pt", "wb") as file:
         pickle.dump({"model": Malicious(), "model_config": {}}, file)
-    with pytest.raises(ValueError, match="last.pt: not an intact file of plain tensors"):
+    expected = "last.pt: expected an intact checkpoint of train.py"
+    with pytest.raises(ModelError, match=expected):
         load_model(tmp_path)
     torch.save({"model": Malicious(), "model_config": {}}, tmp_path / "last.pt")
-    with pytest.raises(ValueError, match="last.pt: not an intact file of plain tensors"):
+    with pytest.raises(ModelError, match=expected):
         load_model(tmp_path)
     assert "never run" not in capsys.readouterr().out
+    for strange in ([1], {"model": {}}):
+        torch.save(strange, tmp_path / "last.pt")
+        with pytest.raises(ModelError, match=expected):
+            load_checkpoint(tmp_path / "last.pt")
     (tmp_path / "last.pt").write_bytes(b"PK\x03\x04 half a file")
-    with pytest.raises(ValueError, match="last.pt: not an intact file of plain tensors$"):
+    with pytest.raises(ModelError, match=expected) as caught:
         load_checkpoint(tmp_path / "last.pt")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError, match=expected):
+        load_checkpoint(tmp_path / "none" / "last.pt")
+
+
+def test_one_flipped_bit_in_a_checkpoints_tensors_is_refused(tmp_path):
+    path = save_run(tiny(), tmp_path / "run") / "last.pt"
+    intact = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        tensors = [entry for entry in archive.infolist() if "/data/" in entry.filename]
+    rng, silent = random.Random(0), 0
+    for _ in range(20):
+        entry = rng.choice(tensors)
+        damaged = bytearray(intact)
+        start = intact.index(entry.filename.encode(), entry.header_offset)
+        start += len(entry.filename) + int.from_bytes(
+            intact[entry.header_offset + 28:entry.header_offset + 30], "little")
+        damaged[start + rng.randrange(entry.file_size)] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        silent += torch.load(path, weights_only=True) is not None
+        with pytest.raises(ModelError, match="last.pt: expected an intact checkpoint"):
+            load_checkpoint(path)
+    assert silent == 20  # torch.load alone takes each of them
+    path.write_bytes(intact)
+    load_checkpoint(path)
 
 
 @pytest.mark.parametrize("change,message", [
-    ({"image_encoder": "resnet"}, "--image-encoder resnet: expected tiny, swin-t or a file"),
-    ({"text_encoder": "/nowhere/bert"}, "--text-encoder /nowhere/bert: expected tiny, a folder"),
+    ({"image_encoder": "resnet"}, "resnet: expected tiny, swin-t or an intact file of"),
+    ({"text_encoder": "/nowhere/bert"}, "text encoder /nowhere/bert: expected tiny, a Hugging"),
 ])
 def test_unknown_encoders_are_one_clear_line(change, message):
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(ModelError, match=message) as caught:
         tiny(**change)
     assert "\n" not in str(caught.value)
 
 
 def test_a_text_encoder_folder_that_is_none_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="expected a Hugging Face folder with config.json"):
+    with pytest.raises(ModelError, match="a Hugging Face folder with config.json"):
         tiny(text_encoder=str(tmp_path))
 
 
@@ -216,17 +408,17 @@ def copied(folder, to, *names):
 
 def test_damaged_or_incomplete_folders_are_named_in_one_line(bert_folder, tmp_path):
     mute = copied(bert_folder, tmp_path / "mute", "config.json", "model.safetensors")
-    with pytest.raises(ValueError, match=f"{mute}: expected a vocabulary .* of 18 words, got"):
+    with pytest.raises(ModelError, match=f"{mute}: expected .*json has [0-9]+ of 18 words"):
         tiny(text_encoder=str(mute))
     cut = copied(bert_folder, tmp_path / "cut", "config.json", "vocab.txt", "model.safetensors")
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-9])
-    with pytest.raises(ValueError, match=f"{cut}: expected tiny, a folder or a hub id"):
+    with pytest.raises(ModelError, match=f"{cut}: expected tiny, a Hugging Face folder"):
         tiny(text_encoder=str(cut))
-    with pytest.raises(ValueError, match="config.json: expected model_type clip, got bert"):
+    with pytest.raises(ModelError, match="config.json: expected model_type clip, got bert"):
         load_model(bert_folder)
     run = save_run(tiny(text_encoder=str(bert_folder)), tmp_path / "run")
     alone = copied(run, tmp_path / "alone", "last.pt")
-    with pytest.raises(ValueError, match="alone/tokenizer: expected the run's tokenizer"):
+    with pytest.raises(ModelError, match="alone/tokenizer: expected the run's tokenizer"):
         load_model(alone / "last.pt")
 
 
@@ -259,11 +451,11 @@ def make_hugging_face_clip(folder):
 
 
 def test_a_path_that_is_no_model_is_one_clear_line(tmp_path):
-    with pytest.raises(ValueError, match="expected a run folder with best.pt or last.pt"):
+    with pytest.raises(ModelError, match="expected a run folder, its checkpoint, or a"):
         load_model(tmp_path)
-    with pytest.raises(ValueError, match="expected a run folder with best.pt or last.pt"):
+    with pytest.raises(ModelError, match="expected a run folder, its checkpoint, or a"):
         load_model(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="nor a Hugging Face CLIP that could") as caught:
+    with pytest.raises(ModelError, match="nobody/nothing: expected a run folder,") as caught:
         load_model("nobody/nothing")
     assert "\n" not in str(caught.value)
 

@@ -7,11 +7,14 @@ All sentences here are made up. The tests on OpenI's reports skip where ../share
 SPDX-License-Identifier: MIT
 """
 import csv
+import fcntl
+import functools
 import hashlib
 import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +26,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import negations as N  # noqa: E402
+from data import UserError  # noqa: E402
 
 OPENI = Path(__file__).resolve().parents[2] / "shared/data/openi"
 needs_openi = pytest.mark.skipif(not OPENI.is_dir(), reason=f"OpenI's reports are not in {OPENI}")
@@ -60,7 +64,7 @@ SAYS = [  # report, its labels; No Finding follows from them unless given
     ("Pleural effusion or pneumothorax is not identified.", {PE: 0, PT: 0}),
     ("The lungs do not demonstrate focal consolidation or effusion.", {CO: 0, PE: 0}),
     ("Heart size is normal.", {C: 0}),
-    ("The heart is not enlarged.", {C: 0}),
+    ("The heart is not enlarged.", {C: 0}), ("Left ventricular enlargement.", {C: 1}),
     ("The heart is mildly enlarged.", {C: 1}),
     ("Heart size is upper limits of normal.", {C: 0}),
     ("Borderline heart size.", {C: -1}),
@@ -112,6 +116,30 @@ def test_the_rules_read_a_sentence_as_a_radiologist_would(report, labels):
     abnormal = any(v for c, v in labels.items() if c not in (SD, NF))
     want = {NF: None if abnormal else 1} | labels
     assert N.label_report(report) == {c: v for c, v in want.items() if v is not None}
+
+
+@pytest.mark.parametrize(("phrase", "texts", "others"), [
+    ("effusion*", ["effusion", "effusions"], ["an effusio", "peffusion"]),
+    ("*carcinoma", ["carcinoma", "adenocarcinoma"], ["carcinomas"]),
+    ("air-space|lung [_] disease", ["airspace disease", "air space bad disease", "lung disease"],
+     ["air disease", "lung very bad disease"]),
+    ("<big> heart", ["enlarged heart", "large heart"], ["tall heart", "bigheart"]),
+    ("heart ... enlarged", ["heart enlarged", "heart is very enlarged"],
+     ["heart is normal but enlarged", "heart, enlarged"]),
+    ("heart ,... enlarged", ["heart, lungs, aorta enlarged"], ["heart but enlarged"]),
+    ("mass !effect", ["mass", "mass here"], ["mass effect"]),
+    ("!joint fluid", ["fluid", "the fluid"], ["joint fluid"]),
+    ("after (chest tube)", ["after chest tube"], ["after", "after chest"]),
+    ("since #", ["since 2012", "since 5/12/2012"], ["since then"]),
+    ("seen .", ["seen", "it is seen."], ["seen here"]),
+    (": none", ["fluid: none"], ["none"]),
+    ("[now|since]+ gone", ["now since now gone", "gone"], ["now"]),
+])
+def test_the_notation_of_the_tables_reads_as_it_is_explained(phrase, texts, others):
+    assert all(N.matcher(phrase).search(text) for text in texts)
+    assert not any(N.matcher(phrase).search(text) for text in others if text != "now")
+    if phrase.startswith("after"):  # what must follow is no part of the phrase
+        assert N.matcher(phrase).search(texts[0])[0] == "after"
 
 
 def test_conditions_are_in_chexberts_order_and_positives_leave_no_finding_out():
@@ -187,6 +215,7 @@ def test_lists_are_split_into_one_entity_a_sentence(report, sentences):
     ("Opacity, new, more conspicuous on the left.", "Opacity, more conspicuous on the left."),
     ("There is now an NG tube.", "There is an NG tube."),
     ("Left nodule, not clearly seen on the prior study.", "Left nodule."),
+    ("New moderate cardiomegaly since the prior radiograph.", "Moderate cardiomegaly."),
     ("There has been interval development of a right pneumothorax.",
      "There is a right pneumothorax."),
 ])
@@ -219,6 +248,7 @@ def test_a_hard_negative_denies_one_condition_and_keeps_the_others(condition):
     ("Calcified nodule causing an elevated right hemidiaphragm.", LL,
      "Elevated right hemidiaphragm."),
     ("Opacity consistent with small left effusion.", LO, "Small left effusion."),
+    ("Monitor leads overlie a normal cardiac silhouette.", SD, "Normal cardiac silhouette."),
 ])
 def test_what_an_omission_leaves_of_a_sentence_has_its_noun(report, condition, omitted):
     assert N.omit(report, condition) == omitted
@@ -227,7 +257,7 @@ def test_what_an_omission_leaves_of_a_sentence_has_its_noun(report, condition, o
 @pytest.mark.parametrize("condition", N.CONDITIONS[:-1])
 def test_every_phrasing_of_a_denial_is_read_as_a_denial_of_that_condition_alone(condition):
     texts = {N.negate("", condition, random.Random(seed))[1] for seed in range(300)}
-    assert len(texts) >= len(N.DENIALS)
+    assert len(texts) >= len(N.DENIALS.split(";"))
     for text in texts:
         assert N.label_report(text) == {condition: 0, NF: 1}, text
 
@@ -236,8 +266,9 @@ def test_an_omission_that_leaves_nothing_gives_a_sentence_without_findings():
     omitted, denied = N.negate("Cardiomegaly.", C, random.Random(0))
     assert omitted == N.NOTHING_LEFT and N.mentions(omitted) == ()
     assert N.NOTHING_LEFT not in denied and N.label_report(denied)[C] == 0
-    with pytest.raises(ValueError, match="No Finding"):
+    with pytest.raises(ValueError, match="No Finding") as mistake:
         N.negate("Lungs are clear.", NF, random.Random(0))
+    assert not isinstance(mistake.value, UserError)  # the programmer's, it keeps its traceback
 
 
 def test_annotate_is_a_pure_function_of_seed_and_id():
@@ -290,12 +321,16 @@ def test_hard_negatives_hold_in_any_mix_of_sentences():
             assert c not in N.label_report(omitted) and N.label_report(denied)[c] == 0, text
             for other in set(N.positives(labels)) - {c}:
                 assert N.label_report(omitted)[other] == N.label_report(denied)[other] == 1, text
-            assert (N.NOUNS[c][0], "OBS-DA") in entities(negative["graph"]), text
+            assert (noun(c), "OBS-DA") in entities(negative["graph"]), text
             seen.add(c)
     assert len(seen) >= 10
 
 
 # ---- graphs
+def noun(condition):
+    return N.NOUNS[condition].split(";")[0].strip()
+
+
 def entities(graph):
     words = graph["text"].split(" ")
     for e in graph["entities"].values():
@@ -367,11 +402,12 @@ def read(path):
 
 @pytest.mark.parametrize("key", ["p10/p10000001/s51234567.txt", "1"])
 def test_radgraph_files_are_matched_by_study_or_by_line(tmp_path, capsys, key):
-    records = [{"id": "mimic/59999999", "report": "Effusion."},
-               {"id": "mimic/51234567", "report": "Effusion."},
-               {"id": "mimic/abc", "report": "Effusion.", "image": "files/p1/s51234567/abc.jpg"},
-               {"id": "mimic/abd", "report": "Effusion.", "study_id": "51234567"},
-               {"id": "mimic/a-51234567-f", "report": "Effusion.", "study_id": "59999999"}]
+    report = "Small pleural effusion."
+    records = [{"id": "mimic/59999999", "report": report},
+               {"id": "mimic/51234567", "report": report},
+               {"id": "mimic/abc", "report": report, "image": "files/p1/s51234567/abc.jpg"},
+               {"id": "mimic/abd", "report": report, "study_id": "51234567"},
+               {"id": "mimic/a-51234567-f", "report": report, "study_id": "59999999"}]
     graphs = tmp_path / "graphs.json"
     graphs.write_text(json.dumps({"p10/p1/s50000000.txt": XL | {"text": "a b"}, key: XL}, indent=1))
     source = write(tmp_path / "in.jsonl", records)
@@ -382,20 +418,61 @@ def test_radgraph_files_are_matched_by_study_or_by_line(tmp_path, capsys, key):
     missing = found.count(False)
     assert f"graphs: not in the file, made by rule{missing:25d}" in capsys.readouterr().out
     graphs.write_text('{"p10/p10000001/s51234567.txt": {"text": 5, "entities": {}}}')
-    with pytest.raises(ValueError, match="graphs.json: expected a RadGraph record at byte"):
+    with pytest.raises(UserError, match="in.jsonl:2: RadGraph's record 51234567: expected graph"):
         N.main([str(source), "--out", str(tmp_path / "x.jsonl"), *options])
+    for text in ("[]", "{}", "{"):
+        graphs.write_text(text)
+        with pytest.raises(UserError, match="graphs.json:1: expected"):
+            N.main([str(source), "--out", str(tmp_path / "x.jsonl"), *options])
+
+
+def test_a_radgraph_record_of_another_line_is_refused_with_the_line(tmp_path):
+    reports = ["Small pleural effusion. Heart normal.", "Left-sided chest tube.", "Clear lungs."]
+    graphs = tmp_path / "graphs.json"
+    graphs.write_text(json.dumps({str(i): N.rule_graph([report]) | {"data_source": None}
+                                  for i, report in enumerate(reports)}))
+    records = [{"id": str(i), "report": "Cleaned.", "original_report": report.upper()}
+               for i, report in enumerate(reports)]
+    options = ["--out", str(tmp_path / "out.jsonl"), "--graphs", str(graphs), "--workers", "1"]
+    N.main([str(write(tmp_path / "in.jsonl", records)), *options])  # negative control
+    with pytest.raises(UserError, match="in.jsonl:2: expected the report of RadGraph's record 1"):
+        N.main([str(write(tmp_path / "in.jsonl", records[:1] + records[2:])), *options])
+
+
+NODE = XL["entities"]["2"]
+
+
+@pytest.mark.parametrize(("graph", "expected"), [
+    ({"0": []}, "graph as"), ({"0": {"0": XL}}, "graph as"), ([], "graph as"), ("", "graph as"),
+    (False, "graph as"), ({"text": "a", "entities": []}, "graph as"),
+    (XL | {"entities": {"SECRET": NODE | {"relations": [["modify", "SECRET2"]]}}}, "entity 1 with"),
+    (XL | {"entities": {"SECRET": NODE | {"relations": [["SECRET", ["1"]]]}}}, "entity 1 with"),
+    (XL | {"entities": {"SECRET": NODE | {"relations": "SECRET"}}}, "entity 1 with"),
+    (XL | {"entities": {"1": NODE, "SECRET": NODE | {"label": ["SECRET"]}}}, "entity 2 with"),
+    (XL | {"entities": {"1": NODE, "SECRET": NODE | {"end_ix": 10**12}}}, "entity 2 with"),
+    (XL | {"entities": {"1": NODE, "SECRET": NODE | {"start_ix": -1}}}, "entity 2 with"),
+    (XL | {"entities": {"SECRET": "SECRET"}}, "entity 1 with"),
+    (XL | {"entities": {f"SECRET{i}": NODE for i in range(8000)}}, "at most 2,000 entities"),
+])
+def test_a_graph_that_is_no_record_is_an_error_of_its_line(tmp_path, graph, expected):
+    records = [{"id": "0", "report": "Effusion.", "graph": XL},
+               {"id": "1", "report": "Effusion.", "graph": {"0": XL}},
+               {"id": "2", "report": "Effusion.", "graph": {}},
+               {"id": "3", "report": "Effusion.", "graph": None}]
+    options = ["--out", str(tmp_path / "out.jsonl"), "--workers", "1"]
+    N.main([str(write(tmp_path / "in.jsonl", records)), *options])
+    assert [r["graph"] == XL for r in read(tmp_path / "out.jsonl")] == [True, True, False, False]
+    records.insert(1, {"id": "SECRET", "report": "SECRET", "graph": graph})
+    began = time.perf_counter()
+    with pytest.raises(UserError, match=f"in.jsonl:2: .*{expected}") as error:
+        N.main([str(write(tmp_path / "in.jsonl", records)), *options])
+    assert "SECRET" not in str(error.value) and time.perf_counter() - began < 5
 
 
 def test_official_negatives_are_not_overwritten(tmp_path):
     source = write(tmp_path / "in.jsonl", [{"id": "cxr-align/1", "report": "Effusion."}])
     with pytest.raises(ValueError, match="in.jsonl:1: CXR-Align's own"):
         N.main([str(source), "--out", str(tmp_path / "out.jsonl"), "--workers", "1"])
-
-
-def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none/x.json: expected a folder .*none"):
-        with N.open_atomic(tmp_path / "none/x.json"):
-            pass
 
 
 # ---- files
@@ -420,51 +497,63 @@ def test_output_is_byte_identical_for_any_number_of_workers(tmp_path):
     assert names == ["1.jsonl", "3.jsonl", "in.jsonl", "seed.jsonl"]
 
 
-def test_an_interrupted_run_continues_or_says_why_not(tmp_path, monkeypatch):
+def test_two_runs_with_one_output_both_write_it_whole(tmp_path):
     source, out = manifest(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
-    arguments = [str(source), "--out", str(out), "--workers", "1"]
-    real, calls = N._chunk, []
-
-    def stops(lines):
-        calls.append(len(lines))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(lines)
-    monkeypatch.setattr(N, "_chunk", stops)
-    with pytest.raises(KeyboardInterrupt):
-        N.main(arguments)
-    part = Path(f"{out}.part")
-    assert not out.exists() and part.read_bytes().count(b"\n") == 128
-    with open(part, "ab") as file:
-        file.write(b'{"id": "cut sho')  # as a kill leaves it
-    with pytest.raises(ValueError, match="other seed"):
-        N.main([*arguments, "--seed", "5"])
-    calls[:] = [0, 0, 0]
-    N.main(arguments)
-    assert sum(calls) == 300 - 128 and not part.exists()
-    N.main([str(source), "--out", str(tmp_path / "whole.jsonl"), "--workers", "1"])
-    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    command = [sys.executable, N.__file__, str(source), "--out", str(out), "--workers", "1"]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
+    assert [process.communicate() and process.returncode for process in runs] == [0, 0]
+    N.main([str(source), "--out", str(tmp_path / "alone.jsonl"), "--workers", "1"])
+    assert out.read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
+    assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_workers_leave_with_a_killed_parent(tmp_path):
+def test_an_interrupted_run_leaves_the_old_output(tmp_path):
+    source, out = manifest(tmp_path / "in.jsonl", 20_000), tmp_path / "out.jsonl"
+    out.write_text("old")
+    process = subprocess.Popen([sys.executable, N.__file__, str(source), "--out", str(out),
+                                "--workers", "1"], stdout=subprocess.PIPE)
+    while process.poll() is None and len(list(tmp_path.iterdir())) < 3:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode == 130 and out.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def start_two_workers(tmp_path):
+    """A run over a long manifest: (its process, its workers' numbers), once both are there."""
     source = manifest(tmp_path / "in.jsonl", 20_000)
     process = subprocess.Popen([sys.executable, N.__file__, str(source), "--out",
-                                str(tmp_path / "out.jsonl"), "--workers", "2"])
+                                str(tmp_path / "out.jsonl"), "--workers", "2"],
+                               stderr=subprocess.PIPE, text=True)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    for _ in range(200):
+    workers = []
+    while process.poll() is None and len(workers) < 2:
         time.sleep(0.05)
         workers = [pid for pid in children.read_text().split()
                    if b"negations" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        if len(workers) == 2:
-            break
+    assert len(workers) == 2
+    return process, workers
+
+
+def test_a_killed_worker_is_one_line(tmp_path):
+    process, workers = start_two_workers(tmp_path)
+    os.kill(int(workers[0]), signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == 2 and errors.count("\n") == 1
+    assert "process was killed" in errors
+
+
+def test_workers_leave_with_a_killed_parent(tmp_path):
+    process, workers = start_two_workers(tmp_path)
     process.kill()
-    process.wait()
+    process.communicate()
     for _ in range(200):
         alive = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
         if not alive:
             break
         time.sleep(0.05)
-    assert len(workers) == 2 and not alive
+    assert not alive
 
 
 def test_mistakes_name_file_and_line_and_show_no_report(tmp_path):
@@ -485,14 +574,12 @@ def test_mistakes_name_file_and_line_and_show_no_report(tmp_path):
         assert "SECRET" not in done.stdout + done.stderr
         assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]  # nothing is left
     source.write_text(good + "\n")
-    for out in (source, tmp_path):
-        with pytest.raises(ValueError, match="expected a file, another than those that are read"):
+    os.mkfifo(tmp_path / "fifo")
+    for out in (source, tmp_path, tmp_path / "fifo", "/dev/null"):
+        with pytest.raises(UserError, match="expected a file, another than those that are read"):
             N.main([str(source), "--out", str(out)])
-    (tmp_path / "graphs.json").touch()
-    for flags, expected in [(["--graphs", str(tmp_path / "graphs.json")], "graphs.json: expected"),
-                            (["--llm", str(tmp_path)], f"--llm {tmp_path}: expected a folder")]:
-        with pytest.raises(ValueError, match=expected):
-            N.main([str(source), "--out", str(tmp_path / "out.jsonl"), *flags])
+    with pytest.raises(UserError, match=f"--llm {tmp_path}: expected a folder"):
+        N.main([str(source), "--out", str(tmp_path / "out.jsonl"), "--llm", str(tmp_path)])
     assert source.read_text() == good + "\n"
     source.write_bytes(b'{"id": "\xff"}\n')
     with pytest.raises(ValueError, match="in.jsonl:1: expected one JSON object in UTF-8"):
@@ -511,23 +598,15 @@ def test_labels_of_the_manifest_can_be_given(tmp_path, capsys):
     assert [(n["condition"], n["labels"]) for n in record["hard_negatives"]] == [(C, {C: 0, PN: 1})]
     assert "skipped: positive condition not found in the text      " in capsys.readouterr().out
     write(source, [{"id": "1", "report": "Cardiomegaly.", "labels": {"Heart": 1}}])
-    with pytest.raises(ValueError, match="in.jsonl:1: --labeler given expects"):
+    with pytest.raises(ValueError, match="in.jsonl:1: expected labels of 1, 0 or -1 by name"):
         N.main([str(source), "--out", str(out), "--labeler", "given", "--workers", "1"])
 
 
-def test_open_atomic_leaves_the_old_file_if_anything_fails(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), N.open_atomic(path) as file:
-        file.write("half")
-        raise RuntimeError
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with N.open_atomic(path) as file:
-        file.write("new")
-    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
-
-
 # ---- models
+SIZES = dict(vocab_size=10, hidden_size=64, num_hidden_layers=2, num_attention_heads=1,
+             intermediate_size=32, max_position_embeddings=24)
+
+
 @pytest.fixture(scope="module")
 def chexbert(tmp_path_factory):
     """A randomly initialised checkpoint with the published one's keys: (path, its parameters)."""
@@ -537,9 +616,7 @@ def chexbert(tmp_path_factory):
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] no pneumo ##thorax effusion .".split()
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     torch.manual_seed(0)
-    bert = BertModel(BertConfig(
-        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=1,
-        intermediate_size=32, max_position_embeddings=24))
+    bert = BertModel(BertConfig(**SIZES))
     heads = torch.nn.ModuleList(torch.nn.Linear(64, n) for n in [4] * 13 + [2])
     state = {f"module.bert.{k}": v for k, v in bert.state_dict().items()}
     state |= {f"module.linear_heads.{k}": v for k, v in heads.state_dict().items()}
@@ -553,8 +630,9 @@ def test_chexbert_gives_the_argmax_of_each_head_whatever_the_batch(chexbert):
     import torch
     path, _, bert, heads = chexbert
     texts = ["No pneumothorax.", "", "Effusion " * 50, "effusion . no", "no no no"]
-    labels = N.CheXbert(path, batch_size=2)(texts)
-    assert labels == N.CheXbert(path, batch_size=1)(texts) and len(labels) == 5
+    labeler = N.CheXbert(path, SIZES)
+    labels = labeler(texts)
+    assert labels == [labeler([text])[0] for text in texts]
     ids = torch.tensor([[2, 5, 6, 7, 9, 3]])  # [CLS] no pneumo ##thorax . [SEP]
     with torch.inference_mode():
         cls = bert(ids).last_hidden_state[:, 0]
@@ -564,7 +642,8 @@ def test_chexbert_gives_the_argmax_of_each_head_whatever_the_batch(chexbert):
     assert len(set(map(str, labels))) > 1  # negative control: the text matters
 
 
-@pytest.mark.parametrize("fault", ["missing", "unknown", "shape", "pickle", "tokenizer"])
+@pytest.mark.parametrize("fault", ["missing", "unknown", "shape", "sizes", "pickle", "cut",
+                                   "no vocabulary", "other vocabulary"])
 def test_chexbert_is_strict_about_its_checkpoint(chexbert, tmp_path, monkeypatch, fault):
     import torch
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -577,24 +656,26 @@ def test_chexbert_is_strict_about_its_checkpoint(chexbert, tmp_path, monkeypatch
     if fault == "shape":
         state["module.linear_heads.0.bias"] = torch.zeros(5)
     torch.save({"model_state_dict": state if fault != "pickle" else os.system}, bad)
-    if fault != "tokenizer":
-        (tmp_path / "vocab.txt").write_bytes((path.parent / "vocab.txt").read_bytes())
-    expected = "vocab.txt" if fault == "tokenizer" else "CheXbert's weights"
-    with pytest.raises(ValueError, match=expected):
-        N.CheXbert(bad)
+    if fault == "cut":
+        bad.write_bytes(bad.read_bytes()[:1000])
+    words = (path.parent / "vocab.txt").read_text()
+    if fault == "other vocabulary":
+        words += "lung\n"
+    if fault != "no vocabulary":
+        (tmp_path / "vocab.txt").write_text(words)
+    expected = "vocab.txt: expected" if "vocabulary" in fault else "CheXbert's weights"
+    with pytest.raises(UserError, match=expected):
+        N.CheXbert(bad, SIZES if fault != "sizes" else SIZES | {"num_hidden_layers": 1})
 
 
-def test_chexbert_labels_a_manifest(chexbert, tmp_path):
-    path, source, out = chexbert[0], manifest(tmp_path / "in.jsonl", 10), tmp_path / "out.jsonl"
+def test_chexbert_labels_a_manifest(chexbert, tmp_path, monkeypatch):
+    path, source, out = chexbert[0], manifest(tmp_path / "in.jsonl", 70), tmp_path / "out.jsonl"
+    monkeypatch.setattr(N, "CheXbert", functools.partial(N.CheXbert, sizes=SIZES))
     with pytest.raises(ValueError, match="--chexbert CKPT"):
         N.main([str(source), "--out", str(out), "--labeler", "chexbert"])
     N.main([str(source), "--out", str(out), "--labeler", "chexbert", "--chexbert", str(path)])
     records = read(out)
     assert [r["labels"] for r in records] == N.CheXbert(path)([r["report"] for r in records])
-
-
-def scripted(answers):
-    return lambda prompts: [answers.pop(0) for _ in prompts]
 
 
 @pytest.mark.parametrize(("clean", "omitted", "taken"), [
@@ -606,14 +687,60 @@ def scripted(answers):
     ("Cardiomegaly. Small effusion.", "No cardiomegaly.", (1, 0)),          # another is denied
 ])
 def test_a_models_edits_are_checked_and_fall_back_to_the_rules(clean, omitted, taken):
-    stats, record = Counter(), {"id": "1", "report": "Stable cardiomegaly. Small effusion."}
-    labeler = lambda records, texts: [{PE: 1} for _ in texts]  # noqa: E731
-    out = N._annotate([record], 0, labeler, [None], scripted([clean, omitted]), stats)[0]
-    assert (stats["clean-up: by the model"], stats["omission: by the model"]) == taken
-    assert stats["clean-up: fell back to the rules"] == 1 - taken[0]
+    answers = [clean, omitted]
+    editor = N.Editor(lambda prompt: answers.pop(0))
+    out = N.annotate({"id": "1", "report": "Stable cardiomegaly. Small effusion."},
+                     label=lambda text: {PE: 1}, edit=editor)
+    assert (editor.counts["clean-up: by the model"],
+            editor.counts["omission: by the model"]) == taken
+    assert editor.counts["clean-up: fell back to the rules"] == 1 - taken[0]
     assert N.label_report(out["report"]) == {C: 1, PE: 1}
     assert ("There is a" in out["report"]) == ("There is a" in clean)
     assert out["hard_negatives"][0]["omitted"] == "Cardiomegaly."
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    """A tiny random language model with a chat template: what it says is never taken."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    folder = tmp_path_factory.mktemp("llm")
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "no": 1, "effusion": 2, ".": 3}, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token=".")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=4, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                         num_attention_heads=1, max_position_embeddings=512, eos_token_id=3)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_run_with_a_language_model_continues_what_it_has_written_alone(tmp_path, llm, capsys):
+    source, out = manifest(tmp_path / "in.jsonl", 6), tmp_path / "out.jsonl"
+    part = Path(f"{out}.part")
+    arguments = [str(source), "--out", str(out), "--llm", str(llm)]
+    N.main(arguments)
+    assert "clean-up: fell back to the rules" in capsys.readouterr().out
+    whole = out.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    assert len(lines) == 6 and not part.exists()
+    part.write_bytes(lines[0] + lines[1] + lines[2][:40])  # as a kill leaves it
+    N.main(arguments)
+    assert out.read_bytes() == whole and not part.exists()
+    assert re.search(r"^studies +4$", capsys.readouterr().out, re.M)  # two were there
+    part.write_bytes(lines[1])
+    with pytest.raises(UserError, match="out.jsonl.part: expected the manifest's studies in order"):
+        N.main(arguments)
+    part.write_bytes(whole + lines[0])
+    with pytest.raises(UserError, match="out.jsonl.part: expected the manifest's studies in order"):
+        N.main(arguments)
+    with open(part, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="out.jsonl.part: expected a file for this run alone"):
+            N.main(arguments)
 
 
 @pytest.mark.parametrize("text", [
@@ -684,7 +811,7 @@ def test_openi_labels_beat_the_public_labeler_also_on_reports_never_looked_at():
         studies = [s for s in openi() if keep(s[0])]
         _, micro, macro = scores(studies, ours)
         _, their_micro, their_macro = scores(studies, public)
-        assert micro >= 0.85 and macro >= 0.75, (micro, macro)
+        assert micro >= 0.86 and macro >= 0.77, (micro, macro)
         assert micro > their_micro + 0.1 and macro > their_macro + 0.1
 
 
@@ -715,7 +842,7 @@ def pipeline_counts():
                 n["kept"] += other != c and all(
                     N.label_report(t).get(other) == 1 for t in (rr, rn))
             n["absent in the graph"] += any(
-                e["label"] == "OBS-DA" and e["tokens"] == N.NOUNS[c][0]
+                e["label"] == "OBS-DA" and e["tokens"] == noun(c)
                 for e in negative["graph"]["entities"].values())
     return n
 

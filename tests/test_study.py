@@ -1,4 +1,4 @@
-"""The study's arithmetic, its splits, and that what it names exists.
+"""The study: its arithmetic, its splits, its page, and that its parts work in a row.
 
 SPDX-License-Identifier: MIT
 """
@@ -8,37 +8,85 @@ import json
 import pytest
 import study
 
-from data import Manifest
+import train
+from data import Manifest, UserError, read_json
 
-FINISHED = {"zero-shot": "macro AUROC", "cxr-align": "A"}
+
+def score(value, n=100, chance=None, half=2.0):
+    return {"value": value, "interval": [value - half, value + half], "n": n, "chance": chance}
 
 
-def write_score(folder, value):
-    folder.mkdir()
-    tasks = {task: {"metrics": {metric: {"value": value}}} for task, metric in FINISHED.items()}
-    (folder / "test.json").write_text(json.dumps({"tasks": tasks}), encoding="utf-8")
+def record(scores, result="test", data="phantom"):
+    """study.json of {(row, seed): {metric: value}}."""
+    runs = {}
+    for (row, seed), values in scores.items():
+        metrics = {metric: score(value) for metric, value in values.items()}
+        results = {result: {"commit": "abc", "command": "-", "metrics": metrics}}
+        runs[f"{data}-{row}-{seed}"] = {"set": data, "row": row, "seed": seed, "commit": "abc",
+                                        "command": "-", "positives": {}, "results": results}
+    return {"runs": runs, "earlier": {"commit": "old", "sections": {}}}
+
+
+def full_record():
+    """Every planned run of both sets with made-up scores, in which each system is one point up."""
+    whole = record({})
+    for data in study.SETS:
+        scores = {}
+        for run in study.planned_runs([data]):
+            level = 50 + list(study.NAMES).index(run.row.split("+")[0]) + 3 * run.seed
+            noise = 0.1 if (run.seed + len(run.row)) % 2 else -0.1
+            scores[run.row, run.seed] = dict.fromkeys(study.METRICS, level + noise)
+        whole["runs"] |= record(scores, data=data)["runs"]
+    return whole
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
+    """runs/study, study.json and STUDY.md somewhere else."""
     monkeypatch.setattr(study, "STUDY", tmp_path)
+    for name, path in {"RECORD": "study.json", "PAGE": "STUDY.md", "FIGURE": "t.png"}.items():
+        monkeypatch.setattr(study, name, tmp_path / path)
+    empty = {"runs": {}, "earlier": {"commit": "old", "sections": {"results": ["old numbers"]}}}
+    study.RECORD.write_text(study.record_text(empty), encoding="utf-8")
     return tmp_path
 
 
-def test_a_contrast_leaves_the_seeds_own_level_out(folder):
-    noise = {("clip", 0): 0.01, ("clip", 1): -0.01, ("clip-n", 0): -0.01, ("clip-n", 1): 0.01}
-    for system, level in (("clip", 0.5), ("clip-n", 0.6)):
-        for seed in (0, 1):
-            value = level + 0.2 * seed + noise[system, seed]
-            write_score(folder / f"phantom-{system}-{seed}", value)
-    results = study.Results("phantom")
-    value, error = results.contrast("ZS AUC", {"clip-n": 1, "clip": -1})
-    assert value == pytest.approx(10)
+# ---------------------------------------------------------------- arithmetic
+
+
+def test_a_difference_leaves_the_seeds_own_level_out():
+    noise = {("clip", 0): 1, ("clip", 1): -1, ("clip-n", 0): -1, ("clip-n", 1): 1}
+    values = {}
+    for (row, seed), error in noise.items():
+        level = {"clip": 50, "clip-n": 60}[row]
+        values[row, seed] = {"ZS AUC": level + 20 * seed + error}
+    scores = study.Scores(record(values), "phantom")
+    difference = scores.difference("ZS AUC", {"clip-n": 1, "clip": -1})
+    assert difference.value == pytest.approx(10) and difference.seeds == 2
     # residuals of 1 point, 4 of them with (2 - 1)(2 - 1) degrees of freedom: s = 2; 2 sums of 2
-    assert error == pytest.approx(2.0)
-    assert results.contrast("ZS AUC", {"clip-dt": 1, "clip": -1}) is None  # was never run
-    assert results.cell("clip", "A") == "60.0 ± 12.7"
-    assert results.cell("clip-dt", "A") == "-"
+    assert difference.error == pytest.approx(2.0)
+    assert scores.difference("ZS AUC", {"clip-dt": 1, "clip": -1}) is None  # was never run
+    assert scores.difference("A", {"clip-n": 1, "clip": -1}) is None        # was not measured
+
+
+def test_sigmoid_rows_have_seeds_of_their_own_and_share_the_noise():
+    values = {(row, seed): {"A": 10 * seed + (1 if (row == "clip") == (seed == 0) else -1)}
+              for row in ("clip", "clip-n") for seed in range(3)}
+    values |= {(row, seed): {"A": 5 + 10 * seed}
+               for row in ("clip+sigmoid", "clip-dtc+sigmoid") for seed in range(2)}
+    scores = study.Scores(record(values), "phantom")
+    assert len(scores.table("A", sigmoid=False)["clip"]) == 3
+    sigmoid = scores.difference("A", {"clip-dtc+sigmoid": 1, "clip+sigmoid": -1})
+    assert sigmoid.seeds == 2 and sigmoid.value == 0 and sigmoid.error > 0
+
+
+def test_as_many_seeds_as_promised_decide():
+    difference = study.Difference(value=1.0, error=1.0, seeds=3)
+    seeds = difference.seeds_to_decide()
+    assert seeds == 12
+    error = difference.error * (difference.seeds / seeds) ** 0.5
+    assert difference.value >= 2 * error
+    assert study.Difference(0.0, 1.0, 3).seeds_to_decide() == float("inf")
 
 
 @pytest.mark.parametrize("value,sign,expected", [
@@ -48,46 +96,193 @@ def test_a_claim_holds_beyond_two_standard_errors(value, sign, expected):
     assert study.verdict(value, 1.0, sign) == expected
 
 
+@pytest.mark.parametrize("verdicts,expected", [
+    (["holds", "does not"], "in part"), (["holds", "undecided"], "undecided"),
+    (["does not", "undecided"], "does not"), (["holds"], "holds"), ([], "not run")])
+def test_a_claim_of_several_differences(verdicts, expected):
+    assert study.claim_verdict(verdicts) == expected
+
+
+def test_the_interval_of_a_row_is_that_of_independent_seeds():
+    value, low, high, n = study.pooled([score(60, 300, half=3), score(70, 200, half=4)])
+    assert (value, n) == (65, 500)
+    assert (high - value, value - low) == (2.5, 2.5)  # sqrt(9 + 16) / 2
+
+
+# ---------------------------------------------------------------- names
+
+
+def test_claims_tables_and_plan_name_what_exists():
+    assert set(study.NAMES) == set(train.SYSTEMS)
+    planned = {run.row for run in study.planned_runs(study.SETS)}
+    for claim in study.CLAIMS.values():
+        for _, metric, sign, weights in claim:
+            assert metric in study.METRICS and sign in (-1, 0, 1)
+            assert set(weights) <= planned and sum(weights.values()) == 0
+            assert len({row.endswith("+sigmoid") for row in weights}) == 1  # one group of seeds
+    for _, metrics, _, rows in study.TABLES:
+        assert set(metrics) <= set(study.METRICS) and set(rows) <= planned
+
+
+def test_the_first_seeds_of_everything_come_before_the_last():
+    runs = study.planned_runs(["phantom", "openi"])
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+    assert len({run.name for run in runs}) == len(runs)
+    seeds = {(run.set, run.row): 0 for run in runs}
+    for run in runs:
+        seeds[run.set, run.row] += 1
+    assert seeds["phantom", "clip"] == 6 and seeds["openi", "clip"] == 3
+    assert seeds["phantom", "clip+sigmoid"] == 3 and seeds["openi", "clip+sigmoid"] == 2
+    again = study.planned_runs(["phantom", "openi"], seeds=4)
+    assert {run.seed for run in again} == {0, 1, 2, 3}
+
+
+def test_a_sweep_moves_one_value_and_has_its_base_once():
+    runs = study.planned_runs(["phantom-sweep", "openi-sweep"])
+    names = [run.name for run in runs]
+    assert names.count("phantom-sweep-base") == names.count("openi-sweep-base") == 1
+    moved = next(run for run in runs if run.name == "openi-sweep-tau-text-0.9")
+    assert moved.flags[-4:] == ("--tau-text", "0.9", "--tau-clinical", "0.5")
+
+
+# ---------------------------------------------------------------- the page
+
+
+def test_the_committed_page_is_what_the_committed_record_says():
+    assert study.page(read_json(study.RECORD)) == study.PAGE.read_text(encoding="utf-8")
+
+
+def test_the_record_is_written_and_read_alike():
+    whole = full_record()
+    text = study.record_text(whole)
+    assert json.loads(text) == whole
+    assert len(text.splitlines()) > len(whole["runs"])  # one run a line
+
+
+def test_a_full_record_gives_every_table_and_verdict():
+    page = study.page(full_record())
+    assert "not run" not in page and "Earlier numbers" not in page
+    # systems are one point apart in the order of NAMES, noise is 0.1: all differences count
+    assert "| C10 SoftCLIP falls below CLIP | SoftCLIP +1.0 ± 0.1 | **does not** |" in page
+    assert "zero-shot AUC | D_t +2.0 ± 0.1; D_t+c +3.0 ± 0.1 | **holds** |" in page
+    # six seeds of 50, 53, ... 65 with intervals of 2 points: 57.5 with 2 / sqrt(6)
+    assert "| CLIP | 57.5 [56.7, 58.3] |" in page
+    assert "| 600 |" in page and "| 81.2, 88.3, 89.1 |" in page
+    assert "differences are compared. If there were none at all," in page
+
+
+def test_an_undecided_claim_says_how_many_seeds_would_decide_it():
+    whole = full_record()
+    for run in whole["runs"].values():
+        metrics = run["results"]["test"]["metrics"]
+        metrics["F1"] = score(50 + (run["row"] == study.FULL) + 9 * ((run["seed"] * 5) % 3 - 1)
+                              * (1 if len(run["row"]) % 2 else -1))
+    text, outcome, _ = study.judge(study.Scores(whole, "phantom"),
+                                   study.CLAIMS["C7 the full method raises retrieval F1"])
+    assert outcome == "undecided" and "seeds)" in text
+
+
+def test_other_prompts_have_a_table_of_their_own():
+    whole = full_record()
+    for run in whole["runs"].values():
+        run["results"]["test-biovil"] = run["results"]["test"]
+    page = study.page(whole)
+    assert page.count("| C1 soft labels") == 2 and "`biovil.json`" in page
+
+
+def test_thresholds_are_a_table_and_a_figure(tmp_path):
+    whole = record({})
+    for run in study.planned_runs(["phantom-sweep", "openi-sweep"]):
+        swept = record({(run.row, 0): dict.fromkeys(study.METRICS, 60.0)}, "val", run.set)
+        entry, = swept["runs"].values()
+        entry["positives"] = {"text": 25.6, "clinical": 51.2, "graph": 2.56}
+        whole["runs"][run.name] = entry
+    page = study.page(whole)
+    assert "| phantom | --tau-text | 0.98 | 60.0 |" in page and "| 10.0 |" in page
+    assert study.PICTURE in page
+    pytest.importorskip("matplotlib")
+    study.draw_thresholds(whole, tmp_path / "t.png")
+    assert (tmp_path / "t.png").stat().st_size > 5000
+
+
+def test_the_report_of_an_empty_folder_keeps_the_earlier_numbers(folder, capsys):
+    study.main(["report"])
+    page = study.PAGE.read_text(encoding="utf-8")
+    assert "old numbers" in page and "**holds**" not in page and "0 runs" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- data and runs
+
+
 def test_no_patient_of_openis_test_rows_trains_and_validation_stays(folder):
     lines = []
     for i in range(600):
         report = "The heart is enlarged." if i % 2 else "No acute disease."
+        normal = 1 - i % 2
         lines.append({"id": f"openi/{i}", "root": str(folder), "image": f"{i}.png",
-                      "patient": str(i // 2), "report": report}
-                     | ({"targets": {"No Finding": i % 2}} if i % 3 else {}))
-    (folder / "openi.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    seen = {}
-    for seed in study.SEEDS:
-        (train, test), (more, _) = study.openi(None, seed).values()
+                      "patient": str(i // 2), "report": report, "labels": {"No Finding": normal}}
+                     | ({"targets": {"No Finding": normal}} if i % 3 else {}))
+    whole = folder / "openi_neg.jsonl"
+    whole.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    patients = {}
+    for seed in range(len(study.TENTHS)):
+        runs = [study.Run("-", "openi", row, seed, ()) for row in ("clip", "clip+normals")]
+        for run in runs:
+            study.make_data(run, None)
+        (plain, test), (more, same) = map(study.data_files, runs)
+        assert test == same
         for split in ("train", "val", "test"):
-            seen[seed, split] = set(Manifest(test, split).patients.tolist())
-        assert not seen[seed, "test"] & (seen[seed, "train"] | seen[seed, "val"])
-        assert seen[seed, "test"] and seen[seed, "val"] == seen[0, "val"]
+            patients[seed, split] = set(Manifest(test, split).patients.tolist())
+        assert not patients[seed, "test"] & (patients[seed, "train"] | patients[seed, "val"])
+        assert patients[seed, "test"] and patients[seed, "val"] == patients[0, "val"]
         added = Manifest(more, "train")
-        assert len(added) > len(Manifest(train, "train"))
-        assert set(added.patients.tolist()) == seen[seed, "train"]
-    assert not seen[0, "test"] & seen[1, "test"]
+        assert len(added) == 2 * len(Manifest(plain, "train"))  # half is normal, there thrice
+        assert set(added.patients.tolist()) == patients[seed, "train"]
+    tested = [patients[seed, "test"] for seed in range(len(study.TENTHS))]
+    assert len(set.union(*tested)) == sum(map(len, tested))  # no patient in two
 
 
-def test_a_failed_run_is_named_and_a_wrong_folder_is_one_line(folder):
-    job = ("broken", folder / "none.jsonl", folder / "none.jsonl", "test", [])
-    with pytest.raises(ValueError, match="broken: failed, see .*output.txt"):
-        study.run_all([job], 1)
-    with pytest.raises((ValueError, OSError), match=str(folder / "nowhere")):
-        study.main(["openi", "--openi", str(folder / "nowhere")])
-
-
-def test_claims_and_tables_name_systems_and_metrics_that_exist():
-    systems = {*study.SYSTEMS, *(f"{name}+" for name in study.SYSTEMS)}
-    for contrasts in study.CLAIMS.values():
-        for _, metric, sign, weights in contrasts:
-            assert metric in study.METRICS and sign in (-1, 0, 1)
-            assert set(weights) <= systems and sum(weights.values()) == 0
-    for _, metrics, _, rows in study.TABLES:
-        assert set(metrics) <= set(study.METRICS) and set(rows) <= systems
-
-
-def test_the_report_of_an_empty_folder_says_that_nothing_was_run(folder, capsys):
+def test_a_tiny_study_trains_evaluates_and_reports(folder, monkeypatch):
+    small = ("--max-steps", "2", "--batch-size", "8", "--image-size", "32", "--width", "32")
+    monkeypatch.setattr(study, "PLAN", (("phantom", "", ("clip",), 1, small),))
+    monkeypatch.setattr(study, "TRAIN_STUDIES", 60)
+    monkeypatch.setattr(study, "TEST_STUDIES", 60)
+    words = ["--sets", "phantom", "--parallel", "1"]
+    with pytest.raises(UserError, match="phantom-clip-0: not trained yet"):
+        study.main(["evaluate", *words])
+    study.main(["train", *words])
+    weights = folder / "phantom-clip-0/last.pt"
+    before = weights.stat().st_mtime_ns
+    study.main(["train", *words])  # is done
+    assert weights.stat().st_mtime_ns == before
+    study.main(["evaluate", "--split", "test", *words])
     study.main(["report"])
-    out = capsys.readouterr().out
-    assert "not run" in out and "holds" not in out
+    run = read_json(study.RECORD)["runs"]["phantom-clip-0"]
+    assert "train.py --train" in run["command"] and "--max-steps 2" in run["command"]
+    assert run["commit"] and run["positives"]["text"] > 0
+    result = run["results"]["test"]
+    assert "evaluate.py" in result["command"] and result["commit"]
+    auroc = result["metrics"]["ZS AUC"]
+    assert 0 < auroc["interval"][0] <= auroc["value"] <= auroc["interval"][1] < 100
+    assert auroc["n"] == len(Manifest(folder / "phantom-test-0.jsonl", "test"))
+    page = study.PAGE.read_text(encoding="utf-8")
+    assert f"| phantom | CLIP | 1 | 1 | {run['commit']} |" in page
+    assert page == study.page(read_json(study.RECORD))
+
+
+def test_a_failed_run_is_named(folder):
+    run = study.Run("broken", "phantom", "clip", 0, ("--no-such-flag",))
+    with pytest.raises(UserError, match="broken: training failed, see .*output.txt"):
+        study.do_all(study.train, [run], 1, "train")
+    assert "--no-such-flag" in study.result_file(run, "output").with_suffix(".txt").read_text()
+
+
+def test_wrong_use_is_one_line(folder):
+    with pytest.raises(UserError, match="expected --openi FOLDER"):
+        study.main(["train"])
+    with pytest.raises(UserError, match="data.py openi .*nowhere.*failed"):
+        study.main(["train", "--sets", "openi", "--openi", str(folder / "nowhere")])
+    for words in (["evaluate", "--split", "test", "--sets", "phantom-sweep"],
+                  ["train", "--seeds", "10"]):
+        with pytest.raises(SystemExit):
+            study.parse_args(words)

@@ -3,16 +3,22 @@
 SPDX-License-Identifier: MIT
 """
 
+import errno
+import fcntl
 import itertools
 import json
+import math
 import os
+import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -21,8 +27,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import train
-from data import GlobalBatches, Manifest, Studies
-from model import ClinicalCLIP, load_checkpoint, load_model
+from data import GlobalBatches, Manifest, Studies, UserError, run_main
+from model import ClinicalCLIP, load_checkpoint
 
 SCRIPT = str(Path(train.__file__))
 FP32 = torch.autocast("cpu", enabled=False)
@@ -113,13 +119,44 @@ def test_every_system_of_table_2_trains_and_logs_its_own_streams(system, phantom
     assert negatives == ("n" in system.removeprefix("clip").split("-d")[0])
 
 
+@pytest.mark.parametrize("system", ["clip", "clip-ng-dtcg"])
+def test_the_sigmoid_framework_trains_its_bias_and_says_so_in_the_checkpoint(system, phantom,
+                                                                              tmp_path):
+    out, flags = tmp_path / "run", ["--system", system, "--framework", "sigmoid"]
+    log = run(phantom, out, *flags, "--max-steps", "2")
+    assert log[1]["loss"] > 0 and log[2]["logit_bias"] != log[1]["logit_bias"]
+    assert log[1]["temperature"] == pytest.approx(0.1)
+    saved = load_checkpoint(out / "last.pt")
+    assert saved["flags"]["framework"] == saved["model_config"]["framework"] == "sigmoid"
+    assert json.loads((out / "config.json").read_text())["flags"]["framework"] == "sigmoid"
+    if system == "clip":  # one pair of 12 is positive
+        assert log[1]["logit_bias"] == pytest.approx(math.log(1 / 11), rel=1e-5)
+    run(phantom, tmp_path / "cut", *flags, "--max-steps", "1")
+    again = run(phantom, tmp_path / "cut", *flags, "--max-steps", "2", "--resume", "latest")
+    assert again[2]["loss"] == log[2]["loss"]  # the bias is set once, and not on resume
+    run(phantom, tmp_path / "softmax", "--system", system, "--max-steps", "1")
+    assert "logit_bias" not in weights(tmp_path / "softmax")
+
+
+def test_the_positives_of_the_first_batch_are_shown_before_step_1_alone(phantom, tmp_path, capsys):
+    out = tmp_path / "run"
+    run(phantom, out, "--max-steps", "1")
+    err = capsys.readouterr().err
+    line = next(line for line in err.splitlines() if "0.98: " in line)
+    positives = [float(part.split(": ")[1]) for part in line.split("   ") if ": " in part]
+    assert 24 >= positives[0] > positives[-1] >= 1 and positives == sorted(positives, reverse=True)
+    assert f"python evaluate.py {out} --data {phantom}\n" in err
+    run(phantom, out, "--max-steps", "2", "--resume", "latest")
+    assert "0.98: " not in capsys.readouterr().err
+
+
 def test_streams_outside_a_system_have_no_weight():
     args = train.parse_args(["--system", "clip-dt", "--w-clinical", "5"])
     assert train.build_loss(args).weights == {"text": 1.0, "clinical": 0.0, "graph": 0.0}
 
 
 def test_a_run_folder_explains_itself_and_ends_with_one_json_line(phantom, tmp_path, capsys):
-    run(phantom, tmp_path / "run", "--max-steps", "3", "--export", str(tmp_path / "export"))
+    run(phantom, tmp_path / "run", "--max-steps", "3")
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["finished"] and result["step"] == 3 and 0 <= result["best"]["auroc"] <= 1
     folder = tmp_path / "run"
@@ -130,14 +167,11 @@ def test_a_run_folder_explains_itself_and_ends_with_one_json_line(phantom, tmp_p
     assert config["flags"]["batch_size"] == 12 and "torch" in config["versions"]
     assert {"lr", "temperature", "grad_norm", "images_per_s", "data_wait", "memory_mb",
             "positives_text", "skipped"} <= read_log(folder)[3].keys()
-    texts = ["No pleural effusion."]
-    assert torch.equal(load_model(tmp_path / "export").encode_text(texts),
-                       load_model(folder).encode_text(texts))
 
 
 def test_no_report_text_is_left_in_a_run_folder(phantom, tmp_path):
     out = tmp_path / "run"
-    run(phantom, out, "--max-steps", "2", "--export", str(out / "export"))
+    run(phantom, out, "--max-steps", "2")
     record = json.loads(phantom.read_text().splitlines()[0])
     secrets = [b"pneumothorax", b"effusion", record["id"].encode()]
     assert all(secret in phantom.read_bytes() for secret in secrets)
@@ -147,12 +181,12 @@ def test_no_report_text_is_left_in_a_run_folder(phantom, tmp_path):
 
 
 def test_weight_decay_spares_norms_biases_and_the_temperature(bert_folder):
-    clip = ClinicalCLIP("swin-t", str(bert_folder), width=16)
+    clip = ClinicalCLIP("swin-t", str(bert_folder), width=16, framework="sigmoid")
     decayed, spared = train.parameter_groups(clip, 0.1)
     names = {id(p): n for n, p in clip.named_parameters()}
     decayed_names, spared_names = ([names[id(p)] for p in g["params"]] for g in (decayed, spared))
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
-    assert "logit_scale" in spared_names and "empty_node" in spared_names
+    assert {"logit_scale", "logit_bias", "empty_node"} <= set(spared_names)
     assert not [n for n in decayed_names if "bias" in n or "norm" in n.lower()]
     assert [n for n in spared_names if "relative_position_bias_table" in n]
     assert not [n for n in decayed_names + spared_names if "phrase_encoder" in n]
@@ -194,6 +228,12 @@ def criterion():
     return train.build_loss(train.parse_args([]))
 
 
+def step(model, batches, seed):
+    if len(batches) == 1:
+        return train.plain_step(model, criterion(), batches[0], FP32, seed)
+    return train.cached_step(model, criterion(), batches, FP32, seed)
+
+
 def test_accumulation_gives_the_gradient_of_the_whole_batch(phantom):
     clip, studies, keys = make_step(phantom)
     results = []
@@ -201,7 +241,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(phantom):
         batches = [studies.collate([studies[k] for k in part.tolist()])
                    for part in torch.tensor(keys).chunk(micro)]
         clip.zero_grad()
-        out = train.forward_backward(clip, criterion(), batches, FP32, lambda micro: None)
+        out = step(clip, batches, (0, 0, 0))
         results.append((out["loss"].item(), gradients(clip)))
     for loss, grads in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-5)
@@ -209,7 +249,8 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(phantom):
 
 
 @pytest.mark.parametrize("replayed", [True, False])
-def test_accumulation_replays_dropout_with_the_same_random_state(phantom, bert_folder, replayed):
+def test_accumulation_replays_dropout_with_the_same_random_state(phantom, bert_folder, replayed,
+                                                                 monkeypatch):
     clip, studies, keys = make_step(phantom, str(bert_folder))
     batches = [studies.collate([studies[k] for k in part.tolist()])
                for part in torch.tensor(keys).chunk(2)]
@@ -222,13 +263,14 @@ def test_accumulation_replays_dropout_with_the_same_random_state(phantom, bert_f
     criterion()(**rows, **labels, logit_scale=parts[0]["logit_scale"])["loss"].backward()
     expected = gradients(clip)
     clip.zero_grad()
-    calls = []
+    seed_step, calls = train.seed_step, []
 
-    def seed(micro):
-        calls.append(micro)
-        train.seed_step(0, 0, 0, micro if replayed else 100 + len(calls))
+    def seed(*numbers):
+        calls.append(numbers)
+        seed_step(*numbers[:3], numbers[3] if replayed else len(calls))
 
-    train.forward_backward(clip, criterion(), batches, FP32, seed)
+    monkeypatch.setattr(train, "seed_step", seed)
+    step(clip, batches, (0, 0, 0))
     assert (difference(gradients(clip), expected) < 1e-4) == replayed
 
 
@@ -245,17 +287,16 @@ def sgd_rank(rank, world, accumulate, phantom, folder):
     args = train.parse_args(["--batch-size", "12", "--accumulate", str(accumulate),
                              "--workers", "0"])
     optimizer = torch.optim.SGD(clip.parameters(), lr=0.01)
-    epoch_steps = len(GlobalBatches(len(studies), 12, 0, 0))
-    batches = train.read_batches(studies, args, 0, epoch_steps, rank, world)
+    batches = train.read_batches(studies, args, 0, rank, world)
     for _ in range(20):
         optimizer.zero_grad()
         micro = [next(batches) for _ in range(accumulate)]
-        train.forward_backward(model, criterion(), micro, FP32, lambda micro: None)
+        step(model, micro, (0, 0, 0))
         optimizer.step()
     if rank == 0:
         torch.save(clip.state_dict(), f"{folder}/{world}-{accumulate}.pt")
-    if world > 1:
-        dist.destroy_process_group()
+    del model
+    train.leave_ranks()
 
 
 @pytest.fixture(scope="module")
@@ -325,18 +366,80 @@ def test_a_kill_during_a_save_leaves_a_checkpoint_that_loads(phantom, uninterrup
     assert not list(out.glob(".last.pt.*"))
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(phantom, uninterrupted, tmp_path, capsys):
+def flip_a_bit(path):
+    """Damage that loads without complaint: one bit of one tensor."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return bytes(content)
+
+
+def test_a_checkpoint_with_one_bit_wrong_gives_way_to_the_one_before(phantom, uninterrupted,
+                                                                      tmp_path, capsys):
     out = tmp_path / "run"
     run(phantom, out, "--max-steps", "6", "--checkpoint-every", "2")
-    whole = (out / "last.pt").read_bytes()
-    (out / "last.pt").write_bytes(whole[:len(whole) // 2])
+    damaged, before = flip_a_bit(out / "last.pt"), (out / "previous.pt").read_bytes()
     run(phantom, out, "--max-steps", "16", "--resume", "latest")
-    assert "using previous.pt" in capsys.readouterr().err
+    assert re.search("last.pt: .*; using previous.pt", capsys.readouterr().err)
     assert same(weights(out), weights(uninterrupted / "1"))
-    (out / "last.pt").write_bytes(b"")
-    (out / "previous.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match="not an intact file.*remove the folder to start afresh"):
+    assert (out / "last.damaged.pt").read_bytes() == damaged
+    assert before != (out / "previous.pt").read_bytes() != damaged
+    flip_a_bit(out / "last.pt")
+    flip_a_bit(out / "previous.pt")
+    with pytest.raises(UserError, match="an intact checkpoint .*; remove the folder to start"):
         run(phantom, out, "--max-steps", "16", "--resume", "latest")
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("renamed", ["previous.pt", "last.pt"])
+def test_a_kill_at_a_rename_leaves_an_intact_checkpoint(phantom, tmp_path, monkeypatch, renamed,
+                                                        damaged):
+    """Also the first save after last.pt was found damaged: previous.pt is all there is."""
+    out, replace = tmp_path / "run", os.replace
+    run(phantom, out, "--max-steps", "2", "--checkpoint-every", "1")
+    if damaged:
+        flip_a_bit(out / "last.pt")
+
+    def kill(source, target):
+        if Path(target).name in (renamed, "last.damaged.pt" if renamed == "previous.pt" else ""):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", kill)
+    with pytest.raises(KeyboardInterrupt):
+        run(phantom, out, "--max-steps", "3", "--resume", "latest")
+    monkeypatch.setattr(os, "replace", replace)
+    args = train.parse_args(["--out", str(out), "--resume", "latest"])
+    assert load_checkpoint(Path(train.find_checkpoint(args, out)))["state"]["step"] in (1, 2)
+
+
+def test_saving_needs_neither_hard_links_nor_a_file_system_that_locks(phantom, tmp_path,
+                                                                      monkeypatch, capsys):
+    def unsupported(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", unsupported)
+    monkeypatch.setattr(fcntl, "lockf", unsupported)
+    run(phantom, tmp_path / "run", "--max-steps", "2", "--checkpoint-every", "1")
+    captured = capsys.readouterr()
+    assert "run: cannot be locked (Operation not supported)" in captured.err
+    assert "not written" not in captured.err and json.loads(captured.out)["finished"]
+    assert load_checkpoint(tmp_path / "run/previous.pt")["state"]["step"] == 2
+
+
+def test_a_checkpoint_may_go_on_in_a_new_folder_but_not_in_another_runs(phantom, tmp_path, capsys):
+    a, b = tmp_path / "a", tmp_path / "b"
+    run(phantom, a, "--max-steps", "10")
+    run(phantom, b, "--max-steps", "1", "--seed", "1")
+    before = {p.name: p.read_bytes() for p in b.iterdir()}
+    with pytest.raises(UserError, match="b: expected a new folder, found another run's"):
+        run(phantom, b, "--max-steps", "11", "--resume", str(a / "last.pt"))
+    assert before == {p.name: p.read_bytes() for p in b.iterdir()}
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["best"]["step"] == 10
+    c = tmp_path / "c"
+    assert set(run(phantom, c, "--max-steps", "11", "--resume", str(a / "last.pt"))) == {11}
+    result = json.loads(capsys.readouterr().out)
+    assert result["best"]["step"] == 11 and (c / "best.pt").exists()  # a's is not c's
 
 
 def test_a_finished_run_is_left_as_it_is(phantom, tmp_path, capsys):
@@ -363,20 +466,46 @@ def test_resume_latest_of_nothing_starts_afresh(phantom, tmp_path):
 def test_resuming_with_other_flags_is_refused_by_name(phantom, tmp_path):
     out = tmp_path / "run"
     run(phantom, out, "--max-steps", "1")
-    with pytest.raises(ValueError, match="--tau-text was 0.98, is now 0.5; --seed was 0, is now 3"):
+    with pytest.raises(UserError, match="flags: --tau-text was 0.98, is now 0.5; --seed was 0"):
         run(phantom, out, "--max-steps", "2", "--resume", "latest", "--tau-text", "0.5",
             "--seed", "3")
 
 
-def test_resuming_with_other_data_is_refused(phantom, tmp_path):
-    out = tmp_path / "run"
+@pytest.mark.parametrize("change", ["fewer rows", "another order", "one label"])
+def test_resuming_with_other_data_is_refused(phantom, tmp_path, change):
+    out, path = tmp_path / "run", tmp_path / "other.jsonl"
     run(phantom, out, "--max-steps", "1")
-    fewer = tmp_path / "fewer.jsonl"
-    lines = phantom.read_text(encoding="utf-8").splitlines(keepends=True)
-    fewer.write_text("".join(lines[:-30]), encoding="utf-8")
-    with pytest.raises(ValueError, match="with other data: --train had"):
-        run(fewer, out, "--max-steps", "2", "--resume", "latest")
+    records = [json.loads(line) for line in phantom.read_text(encoding="utf-8").splitlines()]
+    if change == "fewer rows":
+        records = records[:-30]
+    elif change == "another order":
+        records.reverse()
+    else:
+        row = next(r for r in records if r["split"] == "train")
+        row["labels"]["Edema"] = -1 if row["labels"].get("Edema") != -1 else 0
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    with pytest.raises(UserError, match="the same data: the training rows of .* are others now"):
+        run(path, out, "--max-steps", "2", "--resume", "latest")
     assert not (out / "log.jsonl").read_text(encoding="utf-8").count("argv") > 1
+
+
+def test_a_damaged_log_is_named_with_its_line(phantom, tmp_path):
+    out = tmp_path / "run"
+    run(phantom, out, "--max-steps", "2")
+    lines = (out / "log.jsonl").read_text().splitlines()
+    for damage in ('{"step": 1, "lo', '{"step": "one"}'):
+        (out / "log.jsonl").write_text("\n".join([lines[0], damage, *lines[2:]]) + "\n")
+        with pytest.raises(UserError, match="log.jsonl:2: expected"):
+            run(phantom, out, "--max-steps", "3", "--resume", "latest")
+
+
+def test_records_after_the_checkpoint_leave_the_log(phantom, tmp_path):
+    out = tmp_path / "run"
+    run(phantom, out, "--max-steps", "4", "--checkpoint-every", "1")
+    shutil.copy(out / "previous.pt", out / "last.pt")
+    with open(out / "log.jsonl", "a") as file:
+        file.write('{"step": 9, "loss": 1}\n')
+    assert set(run(phantom, out, "--max-steps", "5", "--resume", "latest")) == {1, 2, 3, 4, 5}
 
 
 def test_another_world_size_resumes_and_says_that_it_is_not_bit_exact(phantom, tmp_path):
@@ -386,6 +515,27 @@ def test_another_world_size_resumes_and_says_that_it_is_not_bit_exact(phantom, t
     _, err = process.communicate()
     assert process.returncode == 0, err
     assert "had 1 ranks and has 2 now; it goes on, but not bit by bit" in err
+
+
+def test_two_nodes_train_together_and_resume(phantom, tmp_path):
+    """Two agents of torchrun over loopback, as on two machines that share the run folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for steps in ("2", "3"):
+        agents = [subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--local-addr",
+             "127.0.0.1", "--rdzv-backend", "c10d", "--rdzv-id", steps, "--rdzv-endpoint",
+             f"127.0.0.1:{port}", SCRIPT, "--train", str(phantom), "--out", str(tmp_path / "run"),
+             *SMALL, "--max-steps", steps, "--resume", "latest"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
+            for _ in range(2)]
+        outputs = [agent.communicate(timeout=120) for agent in agents]
+        for agent, (_, err) in zip(agents, outputs, strict=True):
+            assert agent.returncode == 0, err
+    result = json.loads("".join(out for out, _ in outputs).splitlines()[-1])
+    assert result["finished"] and set(read_log(tmp_path / "run")) == {1, 2, 3}
 
 
 # ---------------------------------------------------------------- faults
@@ -454,14 +604,25 @@ class OneBadRow(Studies):
         return batch
 
 
-def nan_rank(rank, phantom, out):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+def start_rank(rank, world=2):
+    """This process as a rank of torchrun's."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": "29611", "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
+
+
+def gloo_threads():
+    tasks = Path("/proc/self/task").iterdir()
+    return [name for task in tasks if "gloo" in (name := (task / "comm").read_text())]
+
+
+def nan_rank(rank, phantom, out):
+    start_rank(rank)
     keys = list(GlobalBatches(len(Manifest(phantom, "train")), 12, 0, 0, rank=1, world=2))[1]
     OneBadRow.bad_rows = {keys[0][1]}  # read by rank 1 in the second step
     train.Studies = OneBadRow
     run(phantom, out, "--max-steps", "4")
+    assert not gloo_threads()  # one that lives while Python ends may abort the process
 
 
 def test_a_bad_number_on_one_rank_skips_that_step_on_all(phantom, tmp_path):
@@ -472,14 +633,70 @@ def test_a_bad_number_on_one_rank_skips_that_step_on_all(phantom, tmp_path):
     assert all(w.isfinite().all() for w in weights(out).values())
 
 
+def slow_rank(rank, phantom, out):
+    start_rank(rank)
+    train.TIMEOUT, validate = timedelta(seconds=4), train.validate
+
+    def slow(*args):
+        time.sleep(8)
+        return validate(*args)
+
+    train.validate = slow
+    run(phantom, out, "--max-steps", "1")
+
+
+def test_a_validation_may_take_longer_than_a_rank_may_be_lost(phantom, tmp_path):
+    mp.spawn(slow_rank, (phantom, tmp_path / "run"), nprocs=2)
+    assert load_checkpoint(tmp_path / "run/last.pt")["state"]["validated"] == 1
+
+
+def failing_rank(rank, error):
+    def fail():
+        raise error
+
+    start_rank(rank)
+    ranks = train.start_ranks()
+    assert train.on_rank_0(ranks, lambda: ["of", rank]) == ["of", 0]
+    began = time.time()
+    with pytest.raises(SystemExit if rank else type(error)):
+        train.on_rank_0(ranks, fail)
+    assert time.time() - began < 30
+    assert train.all_ranks(ranks, rank) == [0, 1]
+    train.leave_ranks()
+    assert not gloo_threads()
+
+
+@pytest.mark.parametrize("error", [UserError("yours"), KeyError("ours")])
+def test_an_error_of_rank_0_ends_all_ranks_and_is_its_own(error):
+    mp.spawn(failing_rank, (error,), nprocs=2)
+
+
 def test_ten_steps_of_bad_numbers_stop_the_run_and_name_step_term_and_rows(phantom, tmp_path,
                                                                            monkeypatch):
     monkeypatch.setattr(train, "Studies", OneBadRow)
     monkeypatch.setattr(OneBadRow, "bad_rows", range(10_000))
-    with pytest.raises(ValueError, match=r"step 10: 10 steps in a row without finite numbers, the "
-                                         r"last in loss, image_text.*training rows there: "
-                                         r"\[\d+.*lines \[\d+"):
+    with pytest.raises(UserError, match=r"step 10: 10 steps in a row without finite numbers, the "
+                                         r"last in loss, image_text.* of .*jsonl, lines \d+, "):
         run(phantom, tmp_path / "run", "--epochs", "20")
+
+
+def test_a_rate_that_explodes_is_skipped_and_told_on_a_line_of_its_own(phantom, tmp_path, capsys,
+                                                                       monkeypatch):
+    flags = ["--train", str(phantom), "--out", str(tmp_path / "run"), *SMALL, "--lr", "1e6"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    with pytest.raises(SystemExit) as left:
+        run_main(train.main)
+    assert left.value.code == 2
+    assert re.search(r"\nerror: step \d+: 10 steps in a row without finite numbers, the last in "
+                     r"[^\n]+\n$", capsys.readouterr().err)
+
+
+def test_a_run_whose_steps_were_all_skipped_is_not_finished(phantom, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        run(phantom, tmp_path / "run", "--max-steps", "2", "--w-text", "1e38")
+    result = json.loads(capsys.readouterr().out)
+    assert left.value.code == 1 and not result["finished"]
+    assert result["skipped"] == result["step"] == 2
 
 
 def copy_phantom(phantom, folder):
@@ -500,7 +717,10 @@ def test_unreadable_images_are_replaced_and_reported_by_row(phantom, tmp_path, c
     images[5].unlink()
     run(path, tmp_path / "run")
     err = capsys.readouterr().err
-    assert "epoch 0: 2 unreadable images were replaced; training rows [3, 5], lines" in err
+    lines = [n for n, r in enumerate(path.read_text().splitlines(), 1)
+             if json.loads(r)["split"] == "train"]
+    assert ("2 unreadable images of this epoch were replaced: "
+            f"{path}, lines {lines[3]}, {lines[5]}\n") in err
 
 
 def test_an_unreadable_validation_image_stops_the_run_before_it_begins(phantom, tmp_path):
@@ -508,7 +728,7 @@ def test_an_unreadable_validation_image_stops_the_run_before_it_begins(phantom, 
     records = [json.loads(line) for line in path.read_text().splitlines()]
     line, image = next((n, r["image"]) for n, r in enumerate(records, 1) if r["split"] == "val")
     (tmp_path / "data" / image).write_bytes(b"\x89PNG")
-    with pytest.raises(ValueError, match=f"copy.jsonl:{line}: expected an intact") as caught:
+    with pytest.raises(UserError, match=f"copy.jsonl:{line}: expected an intact") as caught:
         run(path, tmp_path / "run")
     assert image not in str(caught.value)  # a file's name may hold a patient's number
     assert not (tmp_path / "run").exists()
@@ -518,7 +738,7 @@ def test_too_many_unreadable_images_stop_the_run(phantom, tmp_path):
     path, images = copy_phantom(phantom, tmp_path / "data")
     for image in images[::4]:
         image.write_bytes(b"")
-    with pytest.raises(ValueError, match="images of epoch 0 could not be read, more than 5%"):
+    with pytest.raises(UserError, match="images of an epoch could not be read, more than 5%"):
         run(path, tmp_path / "run")
 
 
@@ -535,10 +755,13 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(phantom, uninterrup
 
     monkeypatch.setattr(torch, "save", full)
     try:
-        run(phantom, out, "--max-steps", "7", "--checkpoint-every", "2")
+        with pytest.raises(SystemExit) as left:
+            run(phantom, out, "--max-steps", "7", "--checkpoint-every", "2")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "last.pt was not written (File too large)" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert left.value.code == 1 and not json.loads(captured.out.splitlines()[-1])["finished"]
+    assert "last.pt: was not written (File too large)" in captured.err
     assert load_checkpoint(out / "last.pt")["state"]["step"] == 4
     assert not list(out.glob(".*.pt.*"))
     monkeypatch.setattr(torch, "save", save)
@@ -546,22 +769,52 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(phantom, uninterrup
     assert same(weights(out), weights(uninterrupted / "1"))
 
 
-def test_the_reading_processes_of_a_killed_run_leave_its_folder(phantom, tmp_path):
+def children(process):
+    return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+
+
+def test_a_killed_run_leaves_its_folder_free_though_reading_processes_live_on(phantom, tmp_path):
     out = tmp_path / "run"
-    process = start(phantom, out, "--epochs", "500", "--workers", "4", "--checkpoint-every", "1")
+    process = start(phantom, out, "--epochs", "500", "--workers", "2", "--checkpoint-every", "1")
     wait_for(lambda: steps_done(out) >= 2)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    readers = children(process)
     process.kill()
-    process.wait()
-    assert len(children) >= 4
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children), 10)
+    process.communicate()
+    assert len(readers) >= 2
+    with train.open_folder(train.parse_args(["--out", str(out), "--resume", "latest"])):
+        pass
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in readers), 30)
+
+
+def test_a_killed_reading_process_is_one_line(phantom, tmp_path):
+    out = tmp_path / "run"
+    process = start(phantom, out, "--epochs", "500", "--workers", "1")
+    wait_for(lambda: steps_done(out) >= 1)
+    os.kill(int(children(process)[0]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.splitlines()[-1].endswith("error: a reading process was killed; if memory is "
+                                         "short, lower --workers") and "Traceback" not in err
+
+
+def test_errors_of_the_gpus_memory_and_of_reading_processes_are_one_line():
+    with pytest.raises(UserError, match="the GPU's memory is full; raise --accumulate"):
+        with train.user_errors():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with pytest.raises(UserError, match=r"^x.jsonl:3: expected images$"):
+        with train.user_errors():
+            raise UserError("Caught UserError in DataLoader worker process 0.\nOriginal "
+                            "Traceback:\ndata.UserError: x.jsonl:3: expected images\n")
+    with pytest.raises(RuntimeError, match="shapes"):  # a bug keeps its traceback
+        with train.user_errors():
+            raise RuntimeError("shapes cannot be multiplied")
 
 
 def test_a_wrong_image_root_is_one_line_and_no_folder(phantom, tmp_path):
     lines = [json.loads(line) for line in phantom.read_text().splitlines()]
     (tmp_path / "t.jsonl").write_text("".join(
         json.dumps(r) + "\n" for r in lines if r["split"] == "train"))
-    with pytest.raises(ValueError, match="expected images, 20 in a row could not be read"):
+    with pytest.raises(UserError, match="expected images, 20 in a row could not be read"):
         run(tmp_path / "t.jsonl", tmp_path / "run", "--image-root", str(tmp_path))
     assert not (tmp_path / "run").exists()
 
@@ -570,7 +823,7 @@ def test_a_run_folder_in_use_is_refused(phantom, tmp_path):
     out = tmp_path / "run"
     process = start(phantom, out, "--epochs", "500")
     wait_for(lambda: steps_done(out) >= 1)
-    with pytest.raises(ValueError, match="run: in use by another process"):
+    with pytest.raises(UserError, match="run: in use by another process"):
         run(phantom, out, "--epochs", "500", "--resume", "latest")
     kill_all(process)
 
@@ -603,18 +856,11 @@ def test_fewer_steps_than_were_made_end_the_run_at_once(phantom, tmp_path, capsy
     assert json.loads(capsys.readouterr().out)["finished"]
 
 
-def test_an_export_does_not_stand_in_the_way_of_the_same_command(phantom, tmp_path):
-    for _ in range(2):
-        run(phantom, tmp_path / "run", "--max-steps", "1", "--resume", "latest", "--export",
-            str(tmp_path / "exported"))
-    assert (tmp_path / "exported/model.safetensors").exists()
-
-
 def test_an_existing_run_folder_is_never_overwritten(phantom, tmp_path):
     out = tmp_path / "run"
     run(phantom, out, "--max-steps", "1")
     before = weights(out)
-    with pytest.raises(ValueError, match="run: exists; continue it with --resume latest or choose"):
+    with pytest.raises(UserError, match="run: expected a new folder, found another run's: cont"):
         run(phantom, out, "--max-steps", "2")
     assert same(before, weights(out))
 
@@ -624,24 +870,24 @@ def test_an_existing_run_folder_is_never_overwritten(phantom, tmp_path):
     (["--train", "bad.jsonl"], "bad.jsonl:2: expected"),
     (["--train", "raw.jsonl", "--batch-size", "2"], "raw.jsonl:1: expected report, labels"),
     (["--train", "half.jsonl", "--batch-size", "2", "--system", "clip"],
-     "half.jsonl:3: expected report, labels, also of each hard negative, for --system clip"),
+     "half.jsonl:3: expected report and labels, also of each hard negative, for --system clip"),
     (["--train", "mute.jsonl", "--batch-size", "2", "--system", "clip-n"],
      "mute.jsonl: expected hard_negatives to train with"),
     (["--train", "raw.jsonl"], "raw.jsonl: expected at least --batch-size 128 rows of split train"),
-    (["--tau-text", "1", "--batch-size", "12"], "thresholds: expected numbers in [0, 1)"),
+    (["--tau-text", "1"], "--tau-text: expected a number below 1, got 1"),
+    (["--w-graph", "-1"], "--w-graph: expected a number of at least 0, got -1"),
+    (["--system", "softclip", "--framework", "sigmoid"], "--framework sigmoid: has no softclip"),
     (["--system", "clip-x"], "invalid choice: 'clip-x'"),
     (["--epochs", "0"], "--epochs: expected a whole number of at least 1, got 0"),
     (["--resume", "latest"], "--resume latest: expected --out"),
     (["--max-steps", "0"], "--max-steps: expected a whole number of at least 1, got 0"),
     (["--lr", "nan"], "--lr: expected a number of at least 0, got nan"),
-    (["--export", "."], "--export .: exists"),
     (["--text-encoder", ".", "--batch-size", "12"], "a Hugging Face folder with config.json"),
     (["--batch-size", "9", "--accumulate", "2"], "--batch-size 9: expected a multiple of"),
     (["--batch-size", "12", "--resume", "x.pt"], "x.pt"),
 ])
 def test_a_mistake_is_one_clear_line_and_exit_status_2(flags, message, phantom, tmp_path, capsys,
                                                        monkeypatch):
-    from negations import run_main
     raw = '{"id": "a/%d", "image": "a.png", "split": "train", "report": "Clear."}\n'
     (tmp_path / "raw.jsonl").write_text("".join(raw % k for k in range(4)))
     labelled = raw[:-2] + ', "labels": {"Edema": 1}}\n'
@@ -665,6 +911,16 @@ def test_help_is_grouped_and_names_the_papers_values(capsys):
     for group in ("data:", "model:", "loss (Eq. 4-10", "optimisation:", "run:"):
         assert group in text
     assert "the paper's is 224" in text and "(default: 128)" in text
+
+
+def test_the_phantoms_reports_are_annotated_by_the_rules_of_today(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "PHANTOM_STUDIES", 20)
+    first = Path(train.phantom()).read_text()
+    assert Path(train.phantom()).read_text() == first
+    annotate = train.annotate
+    monkeypatch.setattr(train, "annotate", lambda record: annotate(record) | {"rules": "new"})
+    assert Path(train.phantom()).read_text().count('"rules": "new"') == 20
 
 
 def test_the_default_command_needs_no_flag_but_a_step_limit(tmp_path):

@@ -1,0 +1,260 @@
+"""On one GPU, in a few minutes; skipped where there is none.
+
+SPDX-License-Identifier: MIT
+"""
+
+import json
+import os
+import signal
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_train import (
+    criterion,
+    difference,
+    gradients,
+    kill_all,
+    read_log,
+    run,
+    start,
+    step,
+    steps_done,
+    wait_for,
+    weights,
+)
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import evaluate
+import train
+from data import Manifest, Studies, UserError
+from loss import DynamicSoftContrastiveLoss, SigmoidSoftContrastiveLoss
+from model import ClinicalCLIP, load_checkpoint, load_model
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def restore_cuda():
+    """A test may stop in the middle of what it switched on."""
+    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+    for name, handler in before.items():
+        signal.signal(name, handler)
+
+
+def make_step(phantom, size=8, framework="softmax"):
+    """A model and one batch of reading's pinned tensors, on the CPU."""
+    torch.manual_seed(0)
+    clip = ClinicalCLIP("tiny", "tiny", 16, 32, framework=framework).train()
+    studies = Studies(Manifest(phantom, "train"), image_size=32, tokenize=clip.tokenize,
+                      negatives=True, graphs=True)
+    args = train.parse_args(["--batch-size", str(size), "--workers", "1"])
+    return clip, next(train.read_batches(studies, args, 0, 0, 1))
+
+
+# ---------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-3)])
+@pytest.mark.parametrize("kind", [DynamicSoftContrastiveLoss, SigmoidSoftContrastiveLoss])
+@pytest.mark.parametrize("row_chunk", [None, 3])
+def test_the_loss_and_its_gradients_equal_the_cpus(kind, dtype, tolerance, row_chunk):
+    def evaluate_on(device):
+        g = torch.Generator().manual_seed(0)
+        rows = {}
+        for name in ("image", "text", "hard_text", "graph", "hard_graph"):
+            x = F.normalize(torch.randn(16, 8, generator=g, dtype=dtype), dim=1)
+            rows[name] = x.to(device).requires_grad_()
+        for name in ("labels", "hard_labels"):
+            rows[name] = (torch.rand(16, 14, generator=g) < 0.3).to(device, dtype)
+        scalars = {"logit_scale": torch.tensor(10.0, dtype=dtype, device=device)}
+        if kind is SigmoidSoftContrastiveLoss:
+            scalars["logit_bias"] = torch.tensor(-2.0, dtype=dtype, device=device)
+        out = kind(tau_text=0.1, tau_graph=0.1, row_chunk=row_chunk)(**rows, **scalars)
+        out["loss"].backward()
+        return ({name: x.detach().cpu() for name, x in out.items()},
+                {name: x.grad.cpu() for name, x in rows.items() if x.grad is not None})
+
+    for ours, theirs in zip(evaluate_on(CUDA), evaluate_on("cpu"), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=tolerance, atol=tolerance)
+
+
+# ---------------------------------------------------------------- a step
+
+
+@pytest.mark.parametrize("framework", ["softmax", "sigmoid"])
+def test_three_steps_in_fp32_have_the_cpus_losses(phantom, tmp_path, framework, monkeypatch):
+    flags = ["--max-steps", "3", "--framework", framework]
+    gpu = run(phantom, tmp_path / "gpu", *flags)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cpu = run(phantom, tmp_path / "cpu", *flags)
+    for number in (1, 2, 3):
+        assert gpu[number]["loss"] == pytest.approx(cpu[number]["loss"], rel=1e-2)
+    assert gpu[3]["memory_mb"] > 0 and gpu[3]["skipped"] == 0
+
+
+def test_bf16_trains_with_finite_numbers_and_keeps_fp32_weights(phantom, tmp_path):
+    log = run(phantom, tmp_path / "run", "--max-steps", "3", "--precision", "bf16")
+    assert log[3]["skipped"] == 0 and log[3]["loss"] > 0
+    assert next(iter(weights(tmp_path / "run").values())).dtype == torch.float32
+
+
+def test_gradient_caching_gives_the_gradient_of_the_whole_batch(phantom):
+    clip, _ = make_step(phantom)
+    clip.to(CUDA)
+    studies = Studies(Manifest(phantom, "train"), image_size=32, tokenize=clip.tokenize,
+                      negatives=True, graphs=True)
+    keys, results = torch.tensor([(0, i) for i in range(8)]), []
+    for micro in (1, 2):
+        batches = [train.to_device(studies.collate([studies[k] for k in part.tolist()]), CUDA)
+                   for part in keys.chunk(micro)]
+        clip.zero_grad()
+        step(clip, batches, (0, 0, 0))
+        results.append(gradients(clip))
+    assert difference(*results) < 1e-3
+
+
+def test_batches_lie_in_pinned_memory(phantom):
+    _, batch = make_step(phantom)
+    assert batch["pixels"].is_pinned() and batch["labels"].is_pinned()
+    assert batch["text"]["input_ids"].is_pinned() and batch["graph"]["node"].is_pinned()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_warm_step_waits_for_the_device_only_to_read_its_numbers(phantom, precision):
+    clip, batch = make_step(phantom)
+    clip.to(CUDA)
+    batch.pop("bad")
+    loss, ranks = criterion(), train.Ranks(0, 1, CUDA)
+    optimizer = torch.optim.AdamW(train.parameter_groups(clip, 1e-4), lr=1e-3, fused=True)
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16")
+    for mode in ("default", "default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)  # "error": whatever waits raises RuntimeError
+        moved = train.to_device(batch, CUDA)
+        optimizer.zero_grad()
+        out = train.plain_step(clip, loss, moved, autocast, (0, 0, 0))
+        out["grad_norm"] = torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+        torch.cuda.set_sync_debug_mode("default")
+        values, _, _ = train.read_numbers(ranks, out, 0, 0)
+        torch.cuda.set_sync_debug_mode(mode)
+        optimizer.step()
+        clip.clamp_temperature()
+        torch.cuda.set_sync_debug_mode("default")
+        assert values["loss"] > 0
+    torch.cuda.set_sync_debug_mode("error")
+    with pytest.raises(RuntimeError, match="synchroniz"):  # the check can fail
+        out["loss"].item()
+
+
+# ---------------------------------------------------------------- ranks
+
+
+def one_nccl_rank(rank, phantom, folder):
+    clip, batch = make_step(phantom)
+    clip.to(CUDA)
+    moved = train.to_device(batch, CUDA)
+    alone = train.plain_step(clip, criterion(), moved, torch.autocast("cuda", enabled=False),
+                             (0, 0, 0))["loss"].item()
+    expected = gradients(clip)
+    clip.zero_grad()
+    dist.init_process_group("nccl", f"file://{folder}/store", rank=rank, world_size=1)
+    model = DistributedDataParallel(clip)
+    loss = train.plain_step(model, criterion(), moved, torch.autocast("cuda", enabled=False),
+                            (0, 0, 0))["loss"].item()
+    assert loss == pytest.approx(alone, rel=1e-5)
+    assert difference(gradients(clip), expected) < 1e-3
+    objects = [None]
+    dist.all_gather_object(objects, {"rows": [3]})
+    assert objects == [{"rows": [3]}]
+    dist.barrier()
+    del model
+    train.leave_ranks()
+
+
+def test_one_rank_of_nccl_has_the_gradient_of_no_group(phantom, tmp_path):
+    mp.spawn(one_nccl_rank, (phantom, tmp_path), nprocs=1)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_two_gpus_share_one_loss_curve(phantom, tmp_path):
+    for ranks in (1, 2):
+        process = start(phantom, tmp_path / str(ranks), "--max-steps", "4", ranks=ranks)
+        _, err = process.communicate(timeout=180)
+        assert process.returncode == 0, err
+    one, two = (read_log(tmp_path / str(ranks)) for ranks in (1, 2))
+    for number in one:
+        assert one[number]["loss"] == pytest.approx(two[number]["loss"], rel=1e-3)
+
+
+# ---------------------------------------------------------------- resume, signals, memory
+
+
+def test_a_killed_run_resumes_with_the_same_losses(phantom, tmp_path):
+    """Not bit by bit, since some of CUDA's sums have no fixed order; for three steps to 1e-5."""
+    out, flags = tmp_path / "run", ["--epochs", "500", "--checkpoint-every", "3"]
+    process = start(phantom, out, *flags)
+    wait_for(lambda: steps_done(out) >= 7)
+    kill_all(process)
+    args = train.parse_args(["--out", str(out), "--resume", "latest"])
+    saved = load_checkpoint(Path(train.find_checkpoint(args, out)))["state"]["step"]
+    flags += ["--max-steps", str(saved + 3)]
+    expected = run(phantom, tmp_path / "whole", *flags)
+    log = run(phantom, out, *flags, "--resume", "latest")
+    for number in range(saved + 1, saved + 4):
+        assert log[number]["loss"] == pytest.approx(expected[number]["loss"], rel=1e-5), number
+
+
+def test_a_signal_saves_and_leaves(phantom, tmp_path):
+    out = tmp_path / "run"
+    process = start(phantom, out, "--epochs", "500")
+    wait_for(lambda: steps_done(out) >= 2)
+    os.kill(process.pid, signal.SIGTERM)
+    stdout, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "a signal came: saved after step" in err
+    assert not json.loads(stdout.splitlines()[-1])["finished"]
+
+
+def scarce_rank(_, phantom, out):
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(64 * 2**20 / total)
+    with pytest.raises(UserError, match="the GPU's memory is full; raise --accumulate"):
+        run(phantom, out, "--batch-size", "64", "--image-size", "512")
+
+
+def test_too_little_memory_is_one_line_that_names_the_flags(phantom, tmp_path):
+    mp.spawn(scarce_rank, (phantom, tmp_path / "run"), nprocs=1)
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def test_evaluation_agrees_with_the_cpus(phantom, tmp_path):
+    run(phantom, tmp_path / "run", "--max-steps", "3")
+    rows = Manifest(phantom, "train")
+    gpu, cpu = (evaluate.validate(load_model(tmp_path / "run", device), rows, 32)
+                for device in ("cuda", "cpu"))
+    assert gpu == pytest.approx(cpu, abs=0.02)
+
+
+def test_a_model_of_a_python_file_may_stay_on_the_cpu(phantom, tmp_path, capsys):
+    run(phantom, tmp_path / "run", "--max-steps", "1")
+    (tmp_path / "other.py").write_text(textwrap.dedent(f"""
+        from model import load_model
+        def load():
+            return load_model({str(tmp_path / 'run')!r})
+        """))
+    capsys.readouterr()
+    evaluate.main([str(tmp_path / "other.py"), "--task", "retrieval", "--data", str(phantom),
+                   "--split", "train", "--resamples", "10", "--workers", "0",
+                   "--out", str(tmp_path / "result.json")])
+    assert json.loads((tmp_path / "result.json").read_text())["tasks"]["retrieval"]
