@@ -632,8 +632,9 @@ def leave_ranks():
     """
     if dist.is_initialized():
         error = sys.exc_info()[1]
-        if error is not None:
+        while error is not None:
             traceback.clear_frames(error.__traceback__)
+            error = error.__context__
         gc.collect()
         dist.destroy_process_group()
 

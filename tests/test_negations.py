@@ -511,7 +511,9 @@ def test_an_interrupted_run_leaves_the_old_output(tmp_path):
     source, out = manifest(tmp_path / "in.jsonl", 20_000), tmp_path / "out.jsonl"
     out.write_text("old")
     process = subprocess.Popen([sys.executable, N.__file__, str(source), "--out", str(out),
-                                "--workers", "1"], stdout=subprocess.PIPE)
+                                "--workers", "1"], stdout=subprocess.PIPE,
+                               # a shell's background job would ignore it
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while process.poll() is None and len(list(tmp_path.iterdir())) < 3:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)

@@ -633,6 +633,19 @@ def test_a_bad_number_on_one_rank_skips_that_step_on_all(phantom, tmp_path):
     assert all(w.isfinite().all() for w in weights(out).values())
 
 
+def bad_rank(rank, phantom, out):
+    start_rank(rank)
+    OneBadRow.bad_rows = range(10_000)
+    train.Studies = OneBadRow
+    with pytest.raises(SystemExit if rank else UserError):
+        run(phantom, out, "--epochs", "20")
+    assert not gloo_threads()
+
+
+def test_an_error_that_all_ranks_come_to_leaves_no_thread_of_the_group(phantom, tmp_path):
+    mp.spawn(bad_rank, (phantom, tmp_path / "run"), nprocs=2)
+
+
 def slow_rank(rank, phantom, out):
     start_rank(rank)
     train.TIMEOUT, validate = timedelta(seconds=4), train.validate
