@@ -30,6 +30,7 @@ SPDX-License-Identifier: MIT
 import argparse
 import contextlib
 import csv
+import glob
 import gzip
 import hashlib
 import itertools
@@ -41,17 +42,17 @@ import re
 import signal
 import sys
 import threading
-import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -62,10 +63,11 @@ CONDITIONS = (  # CheXbert's order
     "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion",
     "Pleural Other", "Fracture", "Support Devices", "No Finding")
 SPLITS = ("train", "val", "test")
-TYPES = {  # of a record's fields, each of which but id and image may be absent
+TYPES = {  # of the fields of a record or of its hard negatives
     "id": str, "root": str, "image": str, "split": str, "report": str, "original_report": str,
-    "omitted": str, "labels": dict, "targets": dict, "graph": dict, "hard_negatives": list,
-    "adversarial": list}
+    "condition": str, "omitted": str, "labels": dict, "targets": dict, "graph": dict,
+    "hard_negatives": list, "adversarial": list}
+VALUES = {"labels": (1, 0, -1), "targets": (1, 0)}
 TRAINED = ("id", "patient", "report", "labels", "hard_negatives", "graph")  # images aside
 MAX_TRIES = 20  # images drawn in place of one that cannot be read
 
@@ -76,9 +78,7 @@ MAX_TRIES = 20  # images drawn in place of one that cannot be read
 def label_vector(labels, uncertain="positive"):
     """Labels by name -> C: (14,) float32 in CheXbert's order; -1 is 1 if uncertain="positive"."""
     # ASSUMPTION: C holds the positives, No Finding its own dimension; uncertain counts as positive.
-    if uncertain not in ("positive", "negative"):
-        raise ValueError(f"expected uncertain to be positive or negative, got {uncertain!r}")
-    ones = [1, -1] if uncertain == "positive" else [1]
+    ones = {"positive": (1, -1), "negative": (1,)}[uncertain]
     return np.array([labels.get(name) in ones for name in CONDITIONS], np.float32)  # (14,)
 
 
@@ -105,32 +105,30 @@ def split_of(patient):
 
 def check_record(where, record):
     """UserError("WHERE: expected ...") at the first field of a manifest's record that is wrong."""
-    check_side(where, record, ("id", "image"))
+    check_fields(where, record, {"id", "image"})
     expect(record.get("split", "train") in SPLITS, where, "split train, val or test")
     expect("\0" not in record["image"], where, "image without null characters")
-    patient = patient_of(record)
-    number = type(patient) in (int, float) and abs(patient) < math.inf  # not true, not NaN
-    expect(number or isinstance(patient, str), where, "patient as a string or a number")
+    known = type(record.get("patient")) in (str, int, type(None))  # no NaN, no bool
+    expect(known, where, "patient as a text or a whole number")
     for negative in record.get("hard_negatives", []):
-        check_side(where, negative, ("condition", "report", "omitted"))
-        expect(negative["condition"] in CONDITIONS, where, "a condition of each hard negative")
-    for value in record.get("targets", {}).values():
-        expect(value in (0, 1), where, "targets as 0 or 1")
+        check_fields(where, negative, {"condition", "report", "omitted"})
     for pair in record.get("adversarial", []):
-        names = isinstance(pair, list) and len(pair) == 2 and are_texts(*pair)
+        names = isinstance(pair, list) and [type(name) for name in pair] == [str, str]
         expect(names, where, "adversarial as a list of [present, absent]")
 
 
-def check_side(where, side, needed):
-    """What a record and a hard negative have in common."""
-    expect(isinstance(side, dict) and side.keys() >= set(needed), where,
-           f"an object with {', '.join(needed)}")
+def check_fields(where, record, needed):
+    """What a record and each of its hard negatives have in common."""
+    whole = isinstance(record, dict) and record.keys() >= needed
+    expect(whole, where, f"an object with {', '.join(sorted(needed))}")
     for name, kind in TYPES.items():
-        expect(isinstance(side.get(name, kind()), kind), where, f"{name} as {kind.__name__}")
-    for name, value in side.get("labels", {}).items():
-        expect(name in CONDITIONS and value in (1, 0, -1), where,
-               "labels of CheXpert's 14 conditions as 1, 0 or -1")
-    check_graph(where, side.get("graph", {}))
+        expect(isinstance(record.get(name, kind()), kind), where, f"{name} as {kind.__name__}")
+    for field, values in VALUES.items():
+        for value in record.get(field, {}).values():
+            expect(value in values, where, f"{field} out of {values}")
+    conditions = {record.get("condition", CONDITIONS[0]), *record.get("labels", {})}
+    expect(conditions <= set(CONDITIONS), where, "conditions out of CheXpert's 14")
+    check_graph(where, record.get("graph", {}))
 
 
 def check_graph(where, record):
@@ -151,7 +149,6 @@ class Manifest:
     """
 
     def __init__(self, path, split="all", image_root=None):
-        expect(split in (*SPLITS, "all"), path, f"split train, val, test or all, got {split!r}")
         self.path = str(path)
         self.split = split
         self.image_root = image_root
@@ -214,14 +211,13 @@ def load_columns(path, file):
     names = summary({"id": ""}, 0, 0, 0).keys()
     if list(columns.pop("stamp", [])) == stamp and columns.keys() == names:
         return columns
-    rows = {}
+    rows = []
     for number, offset, line in numbered_lines(file):
         record = parse_line(f"{path}:{number}", line)
         check_record(f"{path}:{number}", record)  # once, so that later readers can trust it
-        for name, value in summary(record, number, offset, len(line)).items():
-            rows.setdefault(name, []).append(value)
+        rows.append(summary(record, number, offset, len(line)))
     expect(rows, path, "at least one line")
-    columns = {name: np.array(values) for name, values in rows.items()}
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     with contextlib.suppress(UserError):  # a folder that is not writable
         with open_atomic(sidecar, "wb") as saved:
             np.savez(saved, stamp=stamp, **columns)
@@ -229,14 +225,12 @@ def load_columns(path, file):
 
 
 def read_sidecar(path):
-    """Its arrays by name; none if it is absent or damaged."""
-    if not os.path.isfile(path):
+    """Its arrays by name; none if it is absent or damaged (numpy tells by each one's checksum)."""
+    if not os.path.isfile(path):  # opening a pipe would wait for a writer
         return {}
     try:
-        with zipfile.ZipFile(path) as archive:
-            intact = archive.testzip() is None  # numpy does not read, nor check, all bytes
         with np.load(path) as saved:
-            return dict(saved) if intact else {}
+            return dict(saved)
     except Exception:  # zipfile's and numpy's, of many kinds for damaged bytes
         return {}
 
@@ -287,11 +281,9 @@ class Studies(Dataset):
         self.reports = manifest.columns["reports"]  # as hashes
         stored = manifest.negatives > 0
         if negatives and not stored.all():
-            expect(stored.any() and len(self.single), manifest.path, "hard_negatives to train "
-                   "with, and for studies without them reports of one positive label; run "
-                   "negations.py on it first")
-            expect(len(set(self.reports[self.single])) > 1, manifest.path, "two different reports "
-                   "of one positive label, since some studies have no hard_negatives")
+            enough = stored.any() and len(set(self.reports[self.single])) > 1
+            expect(enough, manifest.path, "hard_negatives to train with, and for studies without "
+                   "them two different reports of one positive label; run negations.py on it first")
 
     def __len__(self):
         return len(self.manifest)
@@ -367,16 +359,12 @@ class GlobalBatches:
     """
 
     def __init__(self, num_studies, batch_size, seed, epoch, rank=0, world=1, start=0):
-        if batch_size < 1 or batch_size % world:
-            raise UserError(f"expected a batch size divisible by {world} ranks, got {batch_size}")
-        if num_studies < batch_size:
-            raise UserError(f"expected at least {batch_size} studies (a batch), got {num_studies}")
         self.num_studies = num_studies
         self.seed = seed
         self.epoch = epoch
         self.share = batch_size // world  # B
-        self.firsts = [step * batch_size + rank * self.share
-                       for step in range(start, num_studies // batch_size)]
+        first = start * batch_size + rank * self.share
+        self.firsts = range(first, num_studies // batch_size * batch_size, batch_size)
 
     def __len__(self):
         return len(self.firsts)
@@ -419,8 +407,9 @@ def mesh_targets(terms):
 def openi_tables(official):
     frontal = {}
     for where, row in official.table("indiana_projections.csv", "uid", "filename", "projection"):
-        expect(row["projection"] in ("Frontal", "Lateral"), where, "projection Frontal or Lateral")
-        if row["projection"] == "Frontal":
+        view = row["projection"]
+        expect(view in ("Frontal", "Lateral"), where, "projection Frontal or Lateral")
+        if view == "Frontal":
             frontal.setdefault(row["uid"], []).append(f"images/{row['filename']}")
     for _, row in official.table("indiana_reports.csv", "uid", "MeSH", "findings", "impression"):
         report = join_text(row["findings"], row["impression"])
@@ -428,27 +417,24 @@ def openi_tables(official):
 
 
 def openi_xml(official):
-    files = [*official.root.glob("ecgen-radiology/*.xml")] or [*official.root.glob("*.xml")]
+    files = glob.glob(f"{official.root}/**/*.xml", recursive=True)
     expect(files, official.root, "indiana_reports.csv or the XML files, unpacked")
-    for path in sorted(files, key=lambda path: (len(path.stem), path.stem)):
+    for path in sorted(files):
         tree = parse_xml(path)
-        number = tree.find("uId[@id]")
-        expect(number is not None, path, "a uId with an id")
         text = {node.get("Label"): node.text for node in tree.iter("AbstractText")}
         images = [f"{node.get('id')}.png" for node in tree.iter("parentImage")]
-        yield (number.get("id").removeprefix("CXR"), images[:1],  # the first: no view is given
+        yield (Path(path).stem, images[:1],  # the first: no view is given
                join_text(text.get("FINDINGS"), text.get("IMPRESSION")),
                [node.text or "" for node in tree.iterfind("MeSH/major")])
 
 
 def parse_xml(path):
-    """A small XML file -> its root. Entities, which can grow without bound, need a DOCTYPE."""
+    """An XML file as a tree; one with a DOCTYPE is refused: its entities may grow without bound."""
     with open_file(path) as file:
-        raw = file.read(MAX_XML_BYTES + 1)
-    small = len(raw) <= MAX_XML_BYTES and b"<!DOCTYPE" not in raw
-    expect(small, path, f"at most {MAX_XML_BYTES} bytes of XML without DOCTYPE")
+        text = file.read()
     try:
-        return ElementTree.fromstring(raw.decode("utf-8"))
+        expect("<!DOCTYPE" not in text.decode(), path, "XML without DOCTYPE")
+        return ElementTree.fromstring(text)
     except (UnicodeDecodeError, ElementTree.ParseError) as error:
         raise UserError(f"{path}: expected well-formed XML in UTF-8 ({error})") from None
 
@@ -469,23 +455,21 @@ def build_mimic(official, args):
                "with split train, validate or test")
         path = f"files/p{patient[:2]}/p{patient}/s{number}"
         text = official.file(f"{path}.txt", required=False)
-        report = mimic_report(where, text) if text else None
+        if not text:
+            yield "no report file files/pNN/PATIENT/STUDY.txt here or in mimic-cxr-reports"
+            continue
+        report = mimic_report(text)
         if report:
             yield study(image, official.image(f"{path}/{image}.jpg"), patient, splits[image],
                         report=report, labels=labels.get(number, {}), study_id=number)
-        elif text:
-            yield "neither findings nor impression"
         else:
-            yield "no report file files/pNN/PATIENT/STUDY.txt here or in mimic-cxr-reports"
+            yield "neither findings nor impression"
 
 
-def mimic_report(where, path):
+def mimic_report(path):
     """Findings and impression of a MIMIC-CXR report."""
-    try:
-        with open_text(path, errors="replace") as file:
-            text = file.read()
-    except UserError:  # which names the patient
-        raise UserError(f"{where}: expected to read its report") from None
+    with open_text(path, errors="replace") as file:
+        text = file.read()
     return join_text(section(text, "FINDING"), section(text, "IMPRESSION", "CONCLUSION"))
 
 
@@ -498,27 +482,23 @@ def section(text, *names):
 
 def build_chexpert_plus(official, args):
     """CheXpert Plus: its CSV, CheXbert labels and RadGraph-XL graphs; frontal views"""
-    labels = []
+    sections = ("section_findings", "section_impression")
+    labels = {}
     graphs = {}
-    for part in ("findings", "impression"):
+    for name in sections:
+        part = name.removeprefix("section_")
         file = official.file(f"chexbert_labels/{part}_fixed.json", required=False)
         if file:
-            labels.append(chexbert_labels(file))
-        file = official.file(f"radgraph-XL-annotations/section_{part}.json", required=False)
+            add_labels(labels, file)
+        file = official.file(f"radgraph-XL-annotations/{name}.json", required=False)
         if file:
-            records = read_json(file)
-            expect(isinstance(records, list), file, "a list of graphs")
-            graphs[f"section_{part}"] = records[::-1]  # to take them from the end
-    sections = ("section_findings", "section_impression")
+            graphs[name] = iter(read_json(file, list))
     columns = ("path_to_image", "frontal_lateral", "deid_patient_id", "split")
     for where, row in official.table("df_chexpert_plus_*.csv", *columns, *sections):
         image, view, patient, split = (row[column] for column in columns)
-        records = []
-        for name, rest in graphs.items():
-            if len(row[name].split()) >= 2:  # only such sections have one
-                expect(rest, where, "a graph for each section, the list ends before")
-                records.append(rest.pop())
         report = join_text(*(row[name] for name in sections))
+        # Only sections of two words and more have a graph, lateral views' too.
+        records = [next(graphs[name], None) for name in graphs if len(row[name].split()) > 1]
         if view != "Frontal":
             yield "not frontal"
         elif not report:
@@ -526,56 +506,41 @@ def build_chexpert_plus(official, args):
         else:
             number = "/".join(image.split("/")[-3:-1])
             yield study(number, official.image(image, folders=2), patient,
-                        split.replace("valid", "val"), report=report,
-                        labels=merge_labels([table.get(image, {}) for table in labels]),
+                        split.replace("valid", "val"), report=report, labels=labels.get(image, {}),
                         graph=merge_graphs(where, records))
     for name, rest in graphs.items():
-        expect(not rest, official.root, f"one graph a {name}, got more")
+        expect(next(rest, None) is None, official.root, f"one graph a {name}, got more")
 
 
-def chexbert_labels(file):
-    """CheXbert's labels of one section, by image."""
-    labels = {}
+def add_labels(labels, file):
+    """CheXbert's labels of a section, added to those of its image: 1 beats -1, which beats 0."""
     for line, row in read_jsonl(file):
         where = f"{file}:{line}"
-        image = row.get("path_to_image")
-        expect(are_texts(image), where, "path_to_image as text")
-        labels[image] = conditions_of(where, row)
-    return labels
-
-
-def merge_labels(tables):
-    """Labels of a report from those of its sections: positive over uncertain over negative."""
-    labels = {}
-    order = (0, -1, 1)
-    for table in tables:
-        for name, value in table.items():
-            labels[name] = max(labels.get(name, 0), value, key=order.index)
-    if any(labels.get(name) in (1, -1) for name in CONDITIONS[:-2]):  # support devices aside
-        labels.pop("No Finding", None)
-    return labels if tables else None
+        [image] = texts_of(where, row, "path_to_image")
+        known = labels.setdefault(image, {})
+        for name, value in conditions_of(where, row).items():
+            known[name] = max(known.get(name, 0), value, key=(0, -1, 1).index)
+        if any(known.get(name) for name in CONDITIONS[:-2]):  # support devices aside
+            known.pop("No Finding", None)
 
 
 def merge_graphs(where, records):
     """RadGraph records of consecutive sections -> one record; None if there are none."""
     words = []
     entities = {}
-    for record in records:
-        expect(isinstance(record, dict), where, "a RadGraph record for each section")
+    for k, record in enumerate(records):
         check_graph(where, record)
         record = record.get("0", record)
-        expect({"text", "entities"} <= record.keys(), where, "text and entities in each graph")
-        text = str(record["text"]).split(" ")
-        first = len(entities) + 1
-        keys = {key: str(k) for k, key in enumerate(record["entities"], first)}
-        for key, entity in record["entities"].items():
-            places = [entity.get("start_ix"), entity.get("end_ix")]
-            expect(all(place in range(len(text)) for place in places), where,
-                   "start_ix and end_ix of each entity as places in the text")
-            start, end = (int(place) + len(words) for place in places)
-            relations = [[kind, keys[to]] for kind, to in entity.get("relations") or []]
-            entities[keys[key]] = entity | {"start_ix": start, "end_ix": end,
-                                            "relations": relations}
+        [text] = texts_of(where, record, "text")
+        text = text.split(" ")
+        for key, entity in record.get("entities", {}).items():
+            start = entity.get("start_ix")
+            end = entity.get("end_ix")
+            inside = start in range(len(text)) and end in range(len(text))
+            expect(inside, where, "start_ix and end_ix of each entity inside its text")
+            relations = [[kind, f"{k}/{to}"] for kind, to in entity.get("relations", [])]
+            entities[f"{k}/{key}"] = entity | {
+                "start_ix": start + len(words), "end_ix": end + len(words), "relations": relations}
         words += text
     return {"text": " ".join(words), "entities": entities} if records else None
 
@@ -584,53 +549,48 @@ def build_chexpert5x200(official, args):
     """CheXpert 5x200: GLoRIA's chexpert_5x200.csv (it has no seed) beside CheXpert's images"""
     names = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
     for where, row in official.table("chexpert_?x200.csv", "Path", *names):
-        expect(row["Path"].count("/") > 2, where, "Path as CheXpert-v1.0/train/PATIENT/STUDY/IMAGE")
-        patient, number = row["Path"].split("/")[-3:-1]
-        yield study(f"{patient}/{number}", official.image(row["Path"], folders=2), patient, "test",
+        number = "/".join(row["Path"].split("/")[-3:-1])  # PATIENT/STUDY
+        yield study(number, official.image(row["Path"], folders=2), number.split("/")[0], "test",
                     targets={name: int(label(where, row[name]) == 1) for name in names},
                     report=join_text(row.get("Report Impression")) or None)
 
 
 def build_rsna(official, args):
     """RSNA pneumonia: stage 2 labels, GLoRIA's split; rsna-ab is without class Normal"""
-    patients = set()
-    positive = set()
+    positive = {}
     normal = set()
     for where, row in official.table("stage_2_train_labels.csv", "patientId", "Target"):
-        patients.add(row["patientId"])
-        if label(where, row["Target"]) == 1:
-            positive.add(row["patientId"])
+        name = row["patientId"]
+        positive[name] = positive.get(name, False) or label(where, row["Target"]) == 1
     if args.command == "rsna-ab":
-        for where, row in official.table("stage_2_detailed_class_info.csv", "patientId", "class"):
-            expect(row["class"] in RSNA_CLASSES, where, f"class {', '.join(RSNA_CLASSES)}")
+        table = official.table("stage_2_detailed_class_info.csv", "patientId", "class")
+        for where, row in table:
+            expect(row["class"] in RSNA, where, f"class {', '.join(RSNA)}")
             if row["class"] == "Normal":
                 normal.add(row["patientId"])
-    yield from glorias_studies(official, "stage_2_train_images", patients, "Pneumonia", positive,
-                               normal)
+    yield from glorias_studies(official, "stage_2_train_images", "Pneumonia", positive, normal)
 
 
 def build_siim(official, args):
     """SIIM pneumothorax: masks to labels, one line an image, GLoRIA's shares"""
-    images = set()
-    positive = set()
-    file = official.file("train-rle.csv", "stage_2_train.csv", "*train-rle.csv")
-    for _, row in official.table(file, "ImageId", "EncodedPixels"):
-        images.add(row["ImageId"])
-        if row["EncodedPixels"] not in ("", "-1"):
-            positive.add(row["ImageId"])
+    positive = {}
+    table = "train-rle.csv|stage_2_train.csv|*train-rle.csv"
+    for _, row in official.table(table, "ImageId", "EncodedPixels"):
+        name = row["ImageId"]
+        positive[name] = positive.get(name, False) or row["EncodedPixels"] not in ("", "-1")
     # DIFFERS from Sec. 5.1: SIIM is split by image, not by row, so that none leaks into test.
-    yield from glorias_studies(official, "dicom-images-train", images, "Pneumothorax", positive)
+    yield from glorias_studies(official, "dicom-images-train", "Pneumothorax", positive)
 
 
-def glorias_studies(official, folder, images, target, positive, normal=()):
-    """A study for each image, of one 0 or 1 target, in GLoRIA's split."""
-    splits = glorias_split(sorted(images))
-    for name in sorted(images):
+def glorias_studies(official, folder, target, positive, normal=()):
+    """A study for each image, of one target that is positive or not, in GLoRIA's split."""
+    splits = glorias_split(sorted(positive))
+    for name in sorted(positive):
         if name in normal:
             yield "class Normal"
         else:
             yield study(name, official.image(f"{folder}/{name}.dcm"), name, splits[name],
-                        targets={target: int(name in positive)})
+                        targets={target: int(positive[name])})
 
 
 def build_vindr(official, args):
@@ -641,42 +601,41 @@ def build_vindr(official, args):
             classes = marks.setdefault(row["image_id"], {})
             for column, value in row.items():
                 name = class_name(column)
-                if name != "No Finding" and column.lower() not in ("image_id", "rad_id"):
+                if name.lower() not in ("image id", "rad id", "no finding"):
                     classes[name] = max(classes.get(name, 0), int(label(where, value) == 1))
         # ASSUMPTION: VinDr's val is CXR-CLIP's 20 % of the train images, drawn from the sorted ids.
-        val = set()
+        splits = dict.fromkeys(marks, part)
         if part == "train":
-            val = set(set_apart(sorted(marks), 0.2)[1])
+            splits |= dict.fromkeys(set_apart(sorted(marks), 0.2)[1], "val")
         for name in sorted(marks):
             targets = marks[name] | {"No Finding": int(not any(marks[name].values()))}
             yield study(name, official.image(f"{part}/{name}.dicom"), name,
-                        "val" if name in val else part, targets=targets)
+                        splits[name], targets=targets)
 
 
 def build_cxr14(official, args):
     """ChestX-ray14: Data_Entry_2017 with the official lists, else split by patient"""
-    pairs = probmed_pairs(args.probmed) if args.probmed else {}
-    lists = {}
-    for part in ("train_val", "test"):
-        path = official.file(f"{part}_list.txt", required=False)
-        if path:
-            with open_text(path, errors="replace") as file:
-                lists |= {stem(line.strip()): part for line in file}
-    if not lists:
-        print("no train_val_list.txt and test_list.txt: split by patient, not the official split")
-    table = official.file("Data_Entry_2017_v2020.csv", "Data_Entry_2017*.csv")
+    pairs = {}
+    tested = set()
+    if args.probmed:
+        pairs = probmed_pairs(args.probmed)
+    listed = official.file("test_list.txt", required=False)
+    if listed:
+        with open_text(listed) as file:
+            tested = {stem(line.strip()) for line in file}
+    else:
+        print("no test_list.txt: split by patient, not the official split")
+    table = "Data_Entry_2017_v2020.csv|Data_Entry_2017*.csv"
     for where, row in official.table(table, "Image Index", "Finding Labels", "Patient ID"):
         name = stem(row["Image Index"])
         patient = row["Patient ID"]
         classes = row["Finding Labels"].split("|")
-        split = split_of(patient)
         expect(set(classes) <= set(CXR14), where, f"Finding Labels out of {', '.join(CXR14)}")
-        if lists:
-            expect(name in lists, where, "its image in one of the official lists")
-            if lists[name] == "test":
-                split = "test"
-            elif split == "test":
-                split = "train"
+        split = split_of(patient)
+        if name in tested:
+            split = "test"
+        elif listed and split == "test":
+            split = "train"
         if args.probmed and name not in pairs:
             yield "not among ProbMed's images"
             continue
@@ -687,23 +646,18 @@ def build_cxr14(official, args):
 
 def probmed_pairs(path):
     """ProbMed's test.json -> image -> [[present class, absent class], ...]."""
-    entries = read_json(path)
-    questions = {}
+    asked = {}
+    for k, entry in enumerate(read_json(path, list)):
+        image, kind, question = texts_of(f"{path}: entry {k}", entry, "image", "qa_type",
+                                         "question")
+        asked.setdefault(stem(image), {})[kind] = asked_class(question)
     pairs = {}
-    expect(isinstance(entries, list), path, "a list of entries")
-    for k, entry in enumerate(entries):
-        expect(isinstance(entry, dict), path, f"an object as entry {k}")
-        image, kind, question = (entry.get(key) for key in ("image", "qa_type", "question"))
-        expect(are_texts(image, kind, question), path,
-               f"image, qa_type and question as texts in entry {k}")
-        questions[stem(image), kind] = question
-        pairs[stem(image)] = []
-    for (name, kind), question in questions.items():
-        if kind.startswith("entity_gt"):
-            other = questions.get((name, kind.replace("gt", "hallu")), "")
-            classes = [asked_class(question), asked_class(other)]
-            if None not in classes:
-                pairs[name].append(classes)
+    for image, classes in asked.items():
+        pairs[image] = []
+        for kind, present in classes.items():
+            absent = classes.get(kind.replace("gt", "hallu"))
+            if kind.startswith("entity_gt") and present and absent:
+                pairs[image].append([present, absent])
     return pairs
 
 
@@ -713,27 +667,24 @@ def asked_class(question):
     for name in sorted(CXR14, key=len, reverse=True):
         if name.lower().replace("_", " ") in text:
             return class_name(name)
-    return None
 
 
 def build_cxr_align(official, args):
     """CXR-Align's cxr-align.json (Sec. 3) beside its images"""
     file = official.file("cxr-align.json")
-    sources = read_json(file)
-    expect(isinstance(sources, dict), file, "an object of sources")
-    for source, entries in sources.items():
-        expect(isinstance(entries, dict), file, "an object of sources, each an object of entries")
+    for source, entries in read_json(file, dict).items():
+        expect(isinstance(entries, dict), file, "an object of entries for each source")
         for k, (name, entry) in enumerate(entries.items()):
             where = f"{file}: {source}, entry {k}"
-            expect(isinstance(entry, dict), where, "an object")
-            texts = [entry.get(key) for key in ("report", "omitted", "negation")]
-            condition = CLASS_NAMES.get(str(entry.get("chosen")).lower())
-            expect(condition and are_texts(*texts), where, "chosen, report, negation and omitted")
+            chosen, report, omitted, negation = texts_of(where, entry, "chosen", "report",
+                                                         "omitted", "negation")
+            condition = CLASS_NAMES.get(chosen.lower())
+            expect(condition, where, "chosen out of CheXpert's conditions")
             image = official.image(f"images/{name}.jpg")
             patient = re.search(r"/p(\d{8})/", image)  # in MIMIC-CXR-JPG's folders
-            negative = {"condition": condition, "omitted": texts[1], "report": texts[2],
+            negative = {"condition": condition, "omitted": omitted, "report": negation,
                         "position": entry.get("location")}
-            yield study(name, image, patient[1] if patient else name, "test", report=texts[0],
+            yield study(name, image, patient[1] if patient else name, "test", report=report,
                         hard_negatives=[negative])
 
 
@@ -745,21 +696,21 @@ class Download:
 
     def __init__(self, root):
         self.root = Path(root)
-        self.images = {}
+        self.images = None  # paths by name, once one is looked for
 
-    def file(self, *names, required=True):
-        """The first of these files (* and ? allowed), plain or .gz, in root or one folder below."""
-        for name in names:
+    def file(self, names, required=True):
+        """The first of the files "A|B" (* and ? allowed), plain or .gz, in root or a folder."""
+        for name in names.split("|"):
             for pattern in (name, f"{name}.gz", f"*/{name}", f"*/{name}.gz"):
                 paths = sorted(self.root.glob(pattern))
                 if paths:
                     return paths[0]
-        expect(not required, self.root, f"the file {' or '.join(names)} (or .gz)")
+        expect(not required, self.root, f"the file {names} (or .gz)")
         return None
 
-    def table(self, name, *columns):
+    def table(self, names, *columns):
         """Rows of a CSV that has these columns, as ("FILE:LINE", dict), stripped."""
-        path = self.file(name) if isinstance(name, str) else name
+        path = self.file(names)
         csv.field_size_limit(1 << 27)
         with open_text(path) as file:
             rows = csv.DictReader(file)
@@ -784,25 +735,16 @@ class Download:
         """
         if os.path.isfile(self.root / path) and not path.endswith(DICOM):
             return path
-        if folders not in self.images:
-            self.images[folders] = self._images_by_name(folders)
-        files = self.images[folders].get(name_of(path, folders), [path])
+        if self.images is None:
+            self.images = {}
+            for file in glob.iglob("**/*.*", root_dir=self.root, recursive=True):
+                if file.lower().endswith(SUFFIXES):
+                    self.images.setdefault(name_of(file, folders), []).append(file)
+        files = self.images.get(name_of(path, folders), [path])
         converted = [file for file in files if not file.lower().endswith(DICOM)]
         first, *others = converted or files
-        for other in others:
-            same = os.path.samefile(self.root / first, self.root / other)  # a link to it
-            expect(same, self.root / first, f"one image of its name, {other} is there too")
+        expect(not others, self.root / first, f"one image of its name, {others} there too")
         return first
-
-    def _images_by_name(self, folders):
-        images = {}
-        for folder, _, files in os.walk(self.root, followlinks=True):
-            below = os.path.relpath(folder, self.root)
-            for file in files:
-                if file.lower().endswith(SUFFIXES):
-                    path = os.path.normpath(os.path.join(below, file))
-                    images.setdefault(name_of(path, folders), []).append(path)
-        return images
 
 
 def name_of(path, folders):
@@ -839,7 +781,7 @@ def conditions_of(where, row):
 
 def class_name(name):
     """A set's class by its CheXpert name where one exists, else its own with spaces."""
-    name = name.replace("_", " ").strip()
+    name = name.replace("_", " ")
     return CLASS_NAMES.get(name.lower(), name)
 
 
@@ -866,14 +808,12 @@ def write_manifest(name, records, root, out, keep_missing=False):
     """Writes what a builder yields, images that are not there left out -> the counts to print."""
     root = Path(root).resolve()
     seen = set()
-    patients = {}
-    counts = dict.fromkeys(("studies", *SPLITS), 0)
-    skipped = Counter()
-    missing = 0
+    counts = Counter(studies=0)
+    missing = f"image not there ({'kept' if keep_missing else 'left out'})"
     with open_atomic(out) as file:
-        for record in tqdm(records, name, unit=" studies", disable=None):
+        for record in tqdm(records, name, disable=None):
             if isinstance(record, str):
-                skipped[f"skipped: {record}"] += 1
+                counts[f"skipped: {record}"] += 1
                 continue
             number = record.pop("study")
             identity = f"{name}/{number}"
@@ -881,20 +821,16 @@ def write_manifest(name, records, root, out, keep_missing=False):
                 identity += f"/{stem(record['image'])}"
             seen.add(number)
             if not os.path.isfile(root / record["image"]):
-                missing += 1
+                counts[missing] += 1
                 if not keep_missing:
                     continue
             counts["studies"] += 1
             counts[record["split"]] += 1
-            patients.setdefault(record["patient"], set()).add(record["split"])
             line = {"id": identity, "root": str(root), **record}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        expect(counts["studies"], root, f"studies of {name} and their images here; {missing} "
-               f"images are missing (--keep-missing keeps such studies) {dict(skipped) or ''}")
-    counts[f"image not there ({'kept' if keep_missing else 'left out'})"] = missing
-    counts["patients"] = len(patients)
-    counts["patients in two splits"] = sum(len(splits) > 1 for splits in patients.values())
-    return aligned(counts | skipped)
+        expect(counts["studies"], root, f"studies of {name} and their images here "
+               f"(--keep-missing keeps those without image), got {dict(counts)}")
+    return aligned(counts)
 
 
 def aligned(counts):
@@ -911,44 +847,39 @@ def read_image(path, at_least=None):
 
     path: PNG or JPEG of 8 or 16 bits, or DICOM (needs pydicom; MONOCHROME1 is inverted). at_least:
     side in pixels that suffices; a JPEG is decoded at 1/2, 1/4 or 1/8 if both sides stay above it.
-    UserError names the file; the size is checked before anything is decoded.
+    UserError names the file. Pillow refuses a size that would fill the memory before it decodes.
     """
     if str(path).lower().endswith(DICOM):
         return read_dicom(path)
     with open_file(path) as file:
         try:
             image = Image.open(file, formats=("PNG", "JPEG"))
-            count = image.width * image.height
-            if count <= MAX_PIXELS:
-                if at_least is not None:
-                    image.draft("L", (at_least, at_least))
-                image.load()
+            if at_least is not None:
+                image.draft("L", (at_least, at_least))
+            image.load()
         except Exception as error:  # Pillow's, of many kinds for damaged bytes
             raise broken_image(path, error) from None
-    expect(count <= MAX_PIXELS, path, f"at most {MAX_PIXELS} pixels")
-    if image.mode.startswith("I") or image.mode == "F":  # which convert() would clip
+    if image.mode.startswith("I"):  # which convert() would clip
         return to_grey(np.asarray(image))
     return image.convert("L")
 
 
 def read_dicom(path):
     """A grey image of one frame in DICOM, by pydicom where it is installed."""
-    try:
-        import pydicom
-    except ImportError:
-        raise UserError(f"{path}: reading DICOM needs pydicom (pip install pydicom)") from None
     with open_file(path) as file:
         try:
+            import pydicom
             header = pydicom.dcmread(file)
-            count = int(header.Rows) * int(header.Columns) * int(header.get("NumberOfFrames") or 1)
             inverted = header.get("PhotometricInterpretation") == "MONOCHROME1"
-            values = header.pixel_array if count <= MAX_PIXELS else None
+            values = header.pixel_array
+        except ImportError:
+            raise UserError(f"{path}: reading DICOM needs pydicom (pip install pydicom)") from None
         except Exception as error:  # pydicom's, of many kinds for damaged bytes
             raise broken_image(path, error) from None
-    expect(values is not None, path, f"at most {MAX_PIXELS} pixels")
     expect(values.ndim == 2 and values.size, path, "a grey image of one frame")
-    values = values.astype(np.float32)
-    return to_grey(-values if inverted else values)
+    if inverted:
+        values = values.max() - values
+    return to_grey(values)
 
 
 def broken_image(path, error):
@@ -990,9 +921,9 @@ def crop_borders(image):
     bright = np.asarray(image) > 10
     rows = np.flatnonzero(bright.mean(1) > 0.02)
     columns = np.flatnonzero(bright.mean(0) > 0.02)
-    if not len(rows) or not len(columns):
-        return image
-    return image.crop((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+    if len(rows) and len(columns):
+        image = image.crop((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+    return image
 
 
 # ---------------------------------------------------------------- the phantom: reports
@@ -1007,14 +938,13 @@ def make_phantom(folder, studies=3000, size=64, seed=0, normal_fraction=0.45, du
     folder = Path(folder).resolve()
     manifest = folder / "phantom.jsonl"
     note = folder / "phantom.json"
-    settings = dict(studies=studies, size=size, seed=seed, normal_fraction=normal_fraction,
-                    duplicates=duplicates)
-    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    text = json.dumps([settings, str(folder), code])
+    args = SimpleNamespace(studies=studies, size=size, seed=seed, normal_fraction=normal_fraction,
+                           duplicates=duplicates)
+    text = f"{folder} {args} {patient_hash(Path(__file__).read_text())}"
     if not manifest.exists() or not note.exists() or note.read_text() != text:
         folder.mkdir(parents=True, exist_ok=True)
         note.unlink(missing_ok=True)  # until all images are drawn anew
-        records = build_phantom(Download(folder), SimpleNamespace(**settings))
+        records = build_phantom(Download(folder), args)
         write_manifest("phantom", records, folder, manifest)
         note.write_text(text)
     return manifest
@@ -1022,81 +952,54 @@ def make_phantom(folder, studies=3000, size=64, seed=0, normal_fraction=0.45, du
 
 def build_phantom(official, args):
     """Drawn chests with matching reports: the embedded default, no patient's data"""
-    right = args.studies >= 1 and 32 <= args.size <= 2048 and 0 <= args.normal_fraction <= 1
-    expect(right, "phantom", "at least 1 study, 32 to 2048 pixels, a normal fraction of 0 to 1")
     (official.root / "images").mkdir(parents=True, exist_ok=True)
     share = np.array(list(NORMALS.values())) / sum(NORMALS.values())
     for i in range(args.studies + args.duplicates):
         rng = np.random.default_rng((args.seed, i))
         findings = {}
-        if i < args.studies and rng.random() >= args.normal_fraction:
-            findings = _draw_findings(rng)
-        if findings:
-            report = _write_report(findings, rng)
-        else:
-            report = str(rng.choice(list(NORMALS), p=share))
         patient = f"P{i * 2 // 3}"  # every second patient has two
         split = split_of(f"{args.seed}/{patient}")
         if i >= args.studies:
             report = DUPLICATE
             patient = f"D{i}"
             split = "train"
+        elif rng.random() < args.normal_fraction:
+            report = str(rng.choice(list(NORMALS), p=share))
+        else:
+            findings = _draw_findings(rng)
+            report = _write_report(findings, rng)
         image = f"images/{i:06d}.png"
         _draw_chest(findings, args.size, rng).save(official.root / image, compress_level=0)
         targets = {name: int(name in findings) for name in CONDITIONS[:-1]}
         targets["No Finding"] = int(not findings.keys() - {"Support Devices"})
-        severity = {name: round(finding.amount, 2) for name, finding in findings.items()}
-        yield study(f"{i:06d}", image, patient, split, report=report, targets=targets,
-                    severity=severity)
+        yield study(f"{i:06d}", image, patient, split, report=report, targets=targets)
 
 
 def _draw_findings(rng):
-    """One to three conditions, and what comes along: amount (0.25..1), zone, side and device."""
-    weights = np.array(list(WEIGHTS.values()))
-    count = rng.choice([1, 2, 3], p=[0.55, 0.30, 0.15])
-    names = rng.choice(list(WEIGHTS), count, replace=False, p=weights / weights.sum()).tolist()
-    companions = [other for name in sorted(names) for other in COMPANIONS.get(name, ())]
-    names += [name for name in companions if rng.random() < 0.3]
+    """One to three conditions by name, each with its severity, amount, side, zone and device."""
     findings = {}
-    for name in WEIGHTS:
-        if name in names:
-            findings[name] = SimpleNamespace(
-                amount=float(rng.uniform(0.25, 1.0)), zone=int(rng.integers(3)),
-                side=int(rng.choice((-1, 1))),  # -1: the patient's right
-                device=str(rng.choice(list(DEVICES))))
+    for name in rng.choice(CONDITIONS[:-1], rng.choice([1, 1, 2, 3]), replace=False).tolist():
+        severity = _pick(SEVERITY, rng)
+        findings[name] = SimpleNamespace(
+            severity=severity, amount=SEVERITY[severity] + rng.uniform(-0.1, 0.1),
+            side=_pick(SIDES, rng), zone=_pick(ZONES, rng), device=_pick(DEVICES, rng))
     return findings
 
 
 def _write_report(findings, rng):
-    """A sentence for each finding, up to three absent ones, sometimes a remark, in any order."""
-    sentences = [_describe(name, finding, rng) for name, finding in findings.items()]
-    absent = rng.permutation([name for name in ABSENT if name not in findings])[:rng.integers(4)]
-    alone = {"Cardiomegaly", "Enlarged Cardiomediastinum", "Lung Lesion"}  # odd in a list
-    if len(absent) == 3 and not alone & set(absent):
-        first, second, third = (name.lower() for name in absent)
-        sentences.append(f"no {first}, {second} or {third}.")
-    else:
-        sentences += [_pick(lines(ABSENT[name]), rng) for name in absent]
-    if rng.random() < 0.3:
-        sentences.append(_pick(lines(REMARKS), rng))
-    order = rng.permutation(len(sentences))
-    return " ".join(sentences[k][0].upper() + sentences[k][1:] for k in order)
-
-
-def _describe(name, finding, rng):
-    grade = min(2, int((finding.amount - 0.25) * 4))
-    severity = _pick(SEVERITY[grade], rng)
-    phrase = _pick(lines(PHRASES[name]), rng).format(
-        severity=severity, device=finding.device, side="right" if finding.side < 0 else "left",
-        zone=("upper", "mid", "lower")[finding.zone])
-    frames = lines(FRAMES)
-    if name != "Support Devices":
-        frames += lines(CHANGED)
-    return _pick(frames, rng).format(phrase)
+    """A sentence for each finding and up to three for absent ones, in any order."""
+    sentences = []
+    for name, finding in findings.items():
+        phrase = _pick(lines(PHRASES[name]), rng).format(**vars(finding))
+        sentences.append(_pick(lines(FRAMES), rng).format(phrase))
+    absent = [names for names in ABSENT if findings.keys().isdisjoint(names.split(", "))]
+    for names in rng.permutation(absent)[:rng.integers(4)]:
+        sentences.append(_pick(lines(ABSENT[names]), rng))
+    return " ".join(text[0].upper() + text[1:] for text in rng.permutation(sentences))
 
 
 def _pick(options, rng):
-    return options[rng.integers(len(options))]
+    return str(rng.choice(list(options)))
 
 
 # ---------------------------------------------------------------- the phantom: drawings
@@ -1105,44 +1008,38 @@ def _pick(options, rng):
 def _draw_chest(findings, size, rng):
     """A frontal chest with these findings, its right on the left, as a PIL image of that size."""
     chest = Chest(size, rng)
-    for side in (-1, 1):
-        chest.lungs[side] = _draw_lung(chest, findings.get("Atelectasis"), side)
-    amounts = {name: finding.amount for name, finding in findings.items()}
-    _draw_heart(chest, amounts.get("Cardiomegaly", 0), amounts.get("Enlarged Cardiomediastinum", 0))
     for name, finding in findings.items():
-        x = rng.uniform(0.32, 0.52)
-        y = rng.uniform(-0.06, 0.06)
-        centre = x, y + (-0.38, -0.02, 0.30)[finding.zone]
-        if name in DRAWINGS:
-            DRAWINGS[name](chest, chest.lungs[finding.side], finding.amount, centre)
-    _draw_bones(chest, findings.get("Fracture"))
-    if "Support Devices" in findings:
-        _draw_device(chest, findings["Support Devices"].device)
+        lung = chest.lungs * (chest.x * SIDES[finding.side] > 0)
+        DRAWINGS[name](chest, lung, finding)
     image = _unit(chest.image) ** rng.uniform(0.85, 1.2) * rng.uniform(0.88, 1.08)
     image += rng.uniform(0.01, 0.03) * rng.standard_normal(image.shape, dtype=np.float32)
     return Image.fromarray((_unit(image) * 255).astype(np.uint8))
 
 
 class Chest:
-    """x in -1..1, y from -1 (neck) to 1 (abdomen), u = |x|, each (S, S); the image in 0..1."""
+    """A normal chest: x in -1..1, y from -1 (neck) to 1, u = |x|, lungs and image 0..1: (S, S)."""
 
     def __init__(self, size, rng):
         self.rng = rng
-        self.lungs = {}
         axis = np.linspace(-1, 1, size, dtype=np.float32)
-        turn, dx, dy, zoom = rng.normal((0, 0, 0, 1), (0.04, 0.03, 0.03, 0.04)).tolist()
-        across = zoom * (axis[None] - dx)
-        down = zoom * (axis[:, None] - dy)
-        self.x = across + turn * down
-        self.y = down - turn * across
+        zoom = rng.normal(1, 0.04)
+        self.x, self.y = np.meshgrid(zoom * axis + rng.normal(0, 0.04),
+                                     zoom * axis + rng.normal(0, 0.04))
         self.u = np.abs(self.x)
-        self.texture = _noise(size, rng, 16) + 0.6 * _noise(size, rng, 6)
-        waist = _step(self.y + 0.86, 0.30) ** 0.6
-        self.body = _step(0.28 + 0.66 * waist - self.u + 0.04 * np.cos(2 * self.y))
-        self.image = 0.05 + self.body * (0.47 + 0.06 * _unit(self.u))
-        self.blend(0.8 * self.body * _step(self.y - 0.5, 0.5), 0.68)  # abdomen
+        small = Image.fromarray(rng.standard_normal((16, 16), dtype=np.float32))
+        self.texture = np.asarray(small.resize((size, size), Image.Resampling.BICUBIC))
+        self.wall = rng.uniform(0.76, 0.83) * np.sqrt(_unit(1 - ((self.y - 0.3) / 1.16) ** 2))
+        dome = rng.uniform(0.54, 0.64) + 0.03 * np.sign(self.x)
+        self.lungs = _step(self.wall - self.u) * _step(self.u - 0.1) * _step(dome - self.y)
+        self.image = 0.05 + 0.5 * _step(self.wall + 0.15 - self.u)
+        self.blend(self.lungs, 0.25 + 0.06 * self.texture)
+        ribs = np.cos(rng.uniform(27, 31) * (self.y - 0.42 * self.u) + rng.uniform(0, 6))
+        self.image += 0.11 * _unit(ribs) * _step(self.wall + 0.06 - self.u)
+        for name in ("Cardiomegaly", "Enlarged Cardiomediastinum"):
+            DRAWINGS[name](self, self.lungs, SimpleNamespace(amount=0))
 
     def blend(self, mask, value):
+        """Draw with that brightness where mask is 1."""
         self.image += (value - self.image) * mask
 
 
@@ -1150,21 +1047,9 @@ def _unit(values):
     return np.clip(values, 0, 1)
 
 
-def _step(distance, softness=0.04):
+def _step(distance, softness=0.06):
     """0 outside, 1 inside, a ramp of that width around distance 0."""
     return _unit(distance / softness + 0.5)
-
-
-def _line(x, y, points, width):
-    """A polyline of that half width, at least half a pixel."""
-    width = max(width, 1.2 / len(x))
-    best = np.full_like(x, 9)
-    for (x0, y0), (x1, y1) in itertools.pairwise(points):
-        dx = x1 - x0
-        dy = y1 - y0
-        t = _unit(((x - x0) * dx + (y - y0) * dy) / (dx * dx + dy * dy))
-        best = np.minimum(best, (x - x0 - t * dx) ** 2 + (y - y0 - t * dy) ** 2)
-    return _step(width - np.sqrt(best), width)
 
 
 def _ellipse(x, y, x0, y0, rx, ry):
@@ -1172,152 +1057,66 @@ def _ellipse(x, y, x0, y0, rx, ry):
     return 1 - np.sqrt(((x - x0) / rx) ** 2 + ((y - y0) / ry) ** 2)
 
 
-def _noise(size, rng, cells):
-    small = Image.fromarray(rng.standard_normal((cells, cells), dtype=np.float32))
-    return np.asarray(small.resize((size, size), Image.Resampling.BICUBIC))
+def _draw_line(chest, points, value):
+    """A polyline, a pixel or two wide."""
+    size = len(chest.x)
+    picture = Image.new("L", (size, size))
+    places = size / 2 * (1 + np.ravel(points))
+    ImageDraw.Draw(picture).line(places.tolist(), 255, max(1, size // 50))
+    chest.blend(np.asarray(picture) / np.float32(255), value)
 
 
-def _draw_lung(chest, atelectasis, side):
-    """One lung; s is the outward coordinate, so that both sides share one geometry."""
-    rng = chest.rng
-    y = chest.y
-    s = side * chest.x
-    outer = rng.uniform(0.76, 0.83) * np.sqrt(_unit(1 - ((y - 0.3) / 1.16) ** 2))
-    raised = 0
-    if atelectasis and atelectasis.side == side:
-        raised = 0.14 * atelectasis.amount
-    dome = rng.uniform(0.50, 0.58) + 0.03 * side - raised + 0.24 * ((s - 0.38) / 0.42) ** 2
-    mask = _step(outer - s, 0.06) * _step(s - 0.10, 0.06) * _step(dome - y)
-    angle = np.arctan2(y - 0.02, s - 0.16) * int(rng.integers(9, 13)) + rng.uniform(0, 6)
-    vessels = 0.06 * _unit(np.cos(angle + 0.8 * chest.texture)) ** 2 * _step(0.6 - s, 0.7)
-    hilum = 0.14 * np.exp(-((s - 0.24) / 0.14) ** 2 - ((y - 0.02) / 0.30) ** 2)
-    chest.blend(mask, 0.20 + 0.035 * chest.texture + vessels + hilum)
-    return SimpleNamespace(s=s, outer=outer, mask=mask)
+def _draw_organ(x, y, rx, ry, growth, chest, lung, finding):
+    """The heart or the mediastinum, wider by a share of growth where a finding says so."""
+    rx = rx * chest.rng.uniform(0.9, 1.1) + growth * finding.amount
+    chest.blend(_unit(6 * _ellipse(chest.x, chest.y, x, y, rx, ry)), 0.66)
 
 
-def _draw_heart(chest, enlarged, widened):
-    """Mediastinum, trachea, heart, aortic knob and the stomach's bubble."""
-    rng = chest.rng
-    x = chest.x
-    y = chest.y
-    u = chest.u
-    half = rng.uniform(0.13, 0.17) + 0.20 * widened * np.exp(-((y + 0.3) / 0.32) ** 2)
-    chest.blend(_step(half - u, 0.10), 0.66)
-    chest.blend(0.5 * _step(0.05 - u) * _step(-0.4 - y), 0.42)  # trachea
-    rx = rng.uniform(0.27, 0.33) + 0.24 * enlarged
-    ry = rng.uniform(0.27, 0.33) + 0.08 * enlarged
-    heart = _ellipse(x + 0.25 * (y - 0.4), y, 0.12 + 0.07 * enlarged, 0.40, rx, ry)
-    chest.blend(0.95 * _step(heart, 0.16), 0.66 + 0.03 * chest.texture)
-    chest.blend(0.8 * _step(_ellipse(x, y, 0.14, -0.38, 0.11, 0.11), 0.3), 0.66)  # aortic knob
-    bubble = _ellipse(x, y, 0.42, 0.80, 0.16, 0.08) + 0.1 * chest.texture
-    chest.blend(0.8 * _step(bubble, 0.5), 0.40)
+def _draw_patches(number, radius, softness, chest, lung, finding):
+    """Bright patches in one zone of the lung: one or many, large or small, hazy or sharp."""
+    radius *= 0.5 + 0.5 * finding.amount
+    centre = (0.42, ZONES[finding.zone])
+    for x, y in chest.rng.normal(centre, 0.04 + 0.015 * number, (number, 2)):
+        patch = _ellipse(chest.u, chest.y, x, y, radius, radius) + 0.1 * chest.texture
+        chest.blend(lung * (0.4 + 0.4 * finding.amount) * _unit(patch / softness), 0.64)
 
 
-def _draw_opacity(chest, lung, amount, centre):
-    """Hazy, without an edge."""
-    patch = _ellipse(lung.s, chest.y, *centre, 0.42, 0.36) + 0.1 * chest.texture - 0.5
-    chest.blend(lung.mask * (0.3 + 0.35 * amount) * _step(patch, 1.0), 0.62)
+def _draw_rim(growth, value, chest, lung, finding):
+    """A dark or bright rim along the chest wall."""
+    rim = 0.04 + growth * finding.amount + 0.03 * chest.texture
+    chest.blend(lung * _step(chest.u - chest.wall + rim), value)
 
 
-def _draw_lesion(chest, lung, amount, centre):
-    """Round and sharp."""
-    radius = 0.05 + 0.08 * amount
-    nodule = _ellipse(lung.s, chest.y, *centre, radius, radius)
-    chest.blend(lung.mask * 0.85 * _step(nodule, 0.4), 0.64)
+def _draw_edema(chest, lung, finding):
+    """A butterfly's haze in both lungs."""
+    haze = _ellipse(chest.u, chest.y, 0.25, 0.05, 0.5, 0.7) + 0.1 * chest.texture
+    chest.blend(chest.lungs * finding.amount * _unit(haze), 0.64)
 
 
-def _draw_edema(chest, lung, amount, centre):
-    """In both lungs a butterfly's haze and septal lines."""
-    haze = np.exp(-((chest.u - 0.30) / 0.30) ** 2 - ((chest.y - 0.05) / 0.42) ** 2)
-    septa = _unit(np.sin(50 * chest.y + 4 * chest.texture)) * _step(chest.u - 0.5, 0.3)
-    both = chest.lungs[-1].mask + chest.lungs[1].mask
-    chest.blend(both * amount * (0.75 * haze + 0.2 * septa), 0.62)
+def _draw_atelectasis(chest, lung, finding):
+    """Bands above the diaphragm."""
+    side = SIDES[finding.side]
+    for y in (0.3, 0.2, 0.1)[:1 + int(3 * finding.amount)]:
+        inner, outer = chest.rng.uniform(y - 0.05, y + 0.05, 2)
+        _draw_line(chest, [(0.2 * side, inner), (0.6 * side, outer)], 0.7)
 
 
-def _draw_consolidation(chest, lung, amount, centre):
-    """Dense, with dark bronchi."""
-    x, y = centre
-    dense = _ellipse(lung.s, chest.y, x, y, 0.20 + 0.16 * amount, 0.12 + 0.10 * amount)
-    bronchi = _line(lung.s, chest.y, [(0.15, y - 0.1), (x, y), (x + 0.3, y + 0.12)], 0.02)
-    mask = lung.mask * _step(dense + 0.1 * chest.texture, 0.3)
-    chest.blend(mask * (0.9 - 0.4 * bronchi), 0.64)
-
-
-def _draw_pneumonia(chest, lung, amount, centre):
-    """Several soft patches."""
-    x, y = centre
-    spots = np.stack([chest.rng.normal(x, 0.12, 6), chest.rng.normal(y, 0.11, 6)], 1)
-    patches = 0
-    for spot in spots.tolist():
-        patch = _ellipse(lung.s, chest.y, *spot, 0.15, 0.13) + 0.1 * chest.texture - 0.35
-        patches = patches + _step(patch, 1.2)
-    chest.blend(lung.mask * np.clip((0.4 + 0.5 * amount) * patches, 0, 0.9), 0.62)
-
-
-def _draw_atelectasis(chest, lung, amount, centre):
-    """Bands above a diaphragm that is raised."""
-    for k in range(1 + int(3 * amount)):
-        ends = chest.rng.uniform(((0.15, 0.27), (0.55, 0.27)), ((0.30, 0.37), (0.72, 0.37)))
-        band = _line(lung.s, chest.y + 0.1 * k, ends.tolist(), 0.012 + 0.012 * amount)
-        chest.blend(lung.mask * band * _unit(0.6 + 0.15 * chest.texture), 0.64)
-
-
-def _draw_pneumothorax(chest, lung, amount, centre):
-    """A dark rim without vessels, inside it the pleural line."""
-    y = chest.y
-    gap = (0.04 + 0.18 * amount) * _step(0.35 - y, 0.9) + 0.10 * amount * _step(-0.45 - y, 0.3)
-    depth = lung.outer - lung.s - gap
-    chest.blend(lung.mask * _step(-depth), 0.09)
-    pleura = _step(0.014 - np.abs(depth), 0.03)
-    chest.blend(lung.mask * 0.6 * pleura * _step(0.3 - y, 0.1), 0.55)
-
-
-def _draw_effusion(chest, lung, amount, centre):
+def _draw_effusion(chest, lung, finding):
     """A meniscus, highest at the chest wall."""
-    rise = 0.50 * _unit(lung.s - 0.42)
-    level = 0.66 - 0.52 * amount - rise + 0.01 * chest.texture
-    inside = _step(lung.outer - lung.s, 0.06) * _step(lung.s - 0.08) * chest.body
-    chest.blend(0.95 * inside * _step(chest.y - level, 0.14), 0.66)
+    level = 0.66 - 0.52 * finding.amount - 0.5 * _unit(chest.u - 0.42)
+    chest.blend(lung * _step(chest.y - level, 0.14), 0.66)
 
 
-def _draw_thickening(chest, lung, amount, centre):
-    """An irregular bright rim."""
-    rim = 0.04 + 0.09 * amount + 0.03 * np.sin(9 * chest.y + 20 * centre[0])
-    side = _step(lung.s - lung.outer + rim, 0.06) * _step(0.45 - np.abs(chest.y + 0.05), 0.3)
-    chest.blend(0.85 * lung.mask * side, 0.62)
+def _draw_fracture(chest, lung, finding):
+    """A bright edge across the ribs."""
+    x, y = chest.rng.uniform((0.50, -0.25), (0.62, 0.10))
+    side = SIDES[finding.side]
+    _draw_line(chest, [(side * x, y), (side * x, y + 0.1 + 0.3 * finding.amount)], 0.7)
 
 
-def _draw_bones(chest, fracture):
-    """Ribs, of which a fracture displaces the outer parts, collar bones and spine."""
-    rng = chest.rng
-    y = chest.y
-    u = chest.u
-    slope = y - 0.42 * u + 1.1 * _unit(u - 0.55) ** 2
-    phase = slope * rng.uniform(4.3, 4.9) + rng.random()
-    wall = 0.86 * np.sqrt(_unit(1 - ((y - 0.3) / 1.22) ** 2))
-    cage = _step(wall - u, 0.08) * _step(0.62 - y, 0.2) * _step(u - 0.1, 0.2)
-    if fracture:
-        s = fracture.side * chest.x
-        cy = rng.uniform(-0.25, 0.20)
-        cx = rng.uniform(0.50, 0.62)
-        near = _step(0.14 + 0.14 * fracture.amount - np.abs(y - cy), 0.06)
-        phase = phase + (0.35 + 0.15 * fracture.amount) * near * _step(s - cx, 0.03)
-        edge = near * _step(0.03 - np.abs(s - cx), 0.03)
-        chest.blend((0.25 + 0.25 * fracture.amount) * edge, 0.85)
-    chest.image += 0.11 * cage * _unit(np.cos(2 * np.pi * phase)) ** 1.5
-    for side in (-1, 1):
-        collar = _line(side * chest.x, y, [(0.08, -0.62), (0.42, -0.70), (0.80, -0.82)], 0.03)
-        chest.blend(0.4 * collar, 0.78)
-    chest.image += 0.05 * _step(0.06 - u) * np.cos(28 * y) * chest.body  # spine
-
-
-def _draw_device(chest, device):
-    points = [[float(number) for number in line.split()] for line in lines(DEVICES[device])]
-    width = 0.025 if device == "endotracheal tube" else 0.012
-    chest.blend(_line(chest.x, chest.y, points, width), 1.0)
-    if device == "left chest pacemaker":
-        box = 0.10 - np.maximum(np.abs(chest.x - 0.55), 1.2 * np.abs(chest.y + 0.55))
-        chest.blend(_step(box, 0.03), 1.0)
+def _draw_device(chest, lung, finding):
+    points = np.array(DEVICES[finding.device].split(), float)
+    _draw_line(chest, chest.rng.normal(points, 0.02), 1)
 
 
 # ---------------------------------------------------------------- check, cache, sheet
@@ -1349,60 +1148,42 @@ def check_images(manifest, workers=0):
 def check(path, image_root=None, workers=0):
     """Validates all lines and images, prints counts and labels; exits with 1 if some are wrong"""
     wrong = []
-    images = {}
-    patients = {}
-    ids = Counter()
+    images = {}  # of the lines that are right
+    ids = set()
+    patients = set()  # each with its splits
     reports = Counter()
-    splits = Counter()
-    classes = Counter()
-    for where, record, image in checked_lines(path, image_root, wrong):
-        images[where] = image
-        split = record.get("split", "no split")
-        ids[record["id"]] += 1
-        reports[record.get("report", "")] += 1
-        splits[split] += 1
-        patients.setdefault(str(patient_of(record)), set()).add(split)
-        for field in ("labels", "targets"):
-            for name, value in record.get(field, {}).items():
-                classes[field, name, value] += 1
-    reasons = run_jobs(why_unreadable, list(images.values()), workers, "images")
-    wrong += [f"{where}: {why}" for where, why in zip(images, reasons, strict=True) if why]
-    shared = sum(len(names) > 1 for names in patients.values())
-    if shared:
-        wrong.append(f"{path}: {shared} patients are in two splits")
-    if len(ids) < len(images):
-        wrong.append(f"{path}: {sum(n > 1 for n in ids.values())} ids are there more than once")
-    print(aligned({"studies": len(images), **splits, "patients": len(patients),
-                   "patients in two splits": shared, "distinct reports": len(reports),
-                   "studies that share their report": sum(n for n in reports.values() if n > 1)}))
-    show_classes(classes, len(images))
-    for text, count in reports.most_common(5):
-        if text and count > 1:
-            print(f"  {count:>9,} x {text[:80]}")  # Tab. 1
-    return wrong
-
-
-def checked_lines(path, image_root, wrong):
-    """Yields FILE:LINE, record and image of the lines that are right; notes what is wrong."""
+    counts = Counter()
     with open_file(path) as file:
         for number, _, line in numbered_lines(file):
             where = f"{path}:{number}"
             try:
                 record = parse_line(where, line)
                 check_record(where, record)
-                image = image_path(where, record, path, image_root)
+                images[where] = image_path(where, record, path, image_root)
             except UserError as error:
                 wrong.append(str(error))
-            else:
-                yield where, record, image
-
-
-def show_classes(classes, studies):
-    """A line for each class of labels and targets: how often it has each value."""
-    for field, name in dict.fromkeys(key[:2] for key in classes):
-        one, zero, unsure = (classes[field, name, value] for value in (1, 0, -1))
-        print(f"  {field:<8} {name:<28} 1: {one:>7,}  0: {zero:>7,}  -1: {unsure:>7,}  "
-              f"absent: {studies - one - zero - unsure:>7,}")
+                continue
+            split = record.get("split", "no split")
+            ids.add(record["id"])
+            reports[record.get("report", "")] += 1
+            counts[f"split: {split}"] += 1
+            patients.add((patient_hash(patient_of(record)), split))
+            for field in VALUES:
+                for name, value in record.get(field, {}).items():
+                    counts[f"{field}: {name} = {value}"] += 1
+    reasons = run_jobs(why_unreadable, list(images.values()), workers, "images")
+    wrong += [f"{where}: {why}" for where, why in zip(images, reasons, strict=True) if why]
+    people = {patient for patient, _ in patients}
+    if len(people) < len(patients):
+        wrong.append(f"{path}: {len(patients) - len(people)} patients are in two splits")
+    if len(ids) < len(images):
+        wrong.append(f"{path}: {len(images) - len(ids)} lines repeat an id")
+    print(aligned({"studies": len(images), "patients": len(people),
+                   "distinct reports": len(reports), **dict(sorted(counts.items()))}))
+    for text, count in reports.most_common(5):
+        if text and count > 1:
+            print(f"  {count:>9,} x {text[:80]}")  # Tab. 1
+    return wrong
 
 
 def cache(path, out, size=256, crop=False, workers=0, image_root=None):
@@ -1410,38 +1191,35 @@ def cache(path, out, size=256, crop=False, workers=0, image_root=None):
     manifest = Manifest(path, image_root=image_root)
     target = Path(out) / Path(path).name
     expect(target.resolve() != Path(path).resolve(), out, "another folder than the manifest's")
-    folder = (Path(out) / (f"{size}px-cropped" if crop else f"{size}px")).resolve()
+    folder = Path(out).resolve() / "images"
     folder.mkdir(parents=True, exist_ok=True)
     images = [manifest.image_path(i) for i in range(len(manifest))]
-    names = [copy_name(image) for image in images]
-    jobs = [(image, folder / name, size, crop) for image, name in zip(images, names, strict=True)]
+    jobs = [(image, folder / copy_name(image, size, crop), size, crop) for image in images]
     wrong = []
     with open_atomic(target) as file:
         for i, why in enumerate(run_jobs(shrink, jobs, workers, "cache")):
             if why:
                 wrong.append(f"{manifest.where(i)}: {why}")
             else:
-                record = manifest[i] | {"root": str(folder), "image": names[i]}
+                record = manifest[i] | {"root": str(folder), "image": jobs[i][1].name}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        expect(len(wrong) < len(jobs), path, "images that can be read (is --image-root right?); "
-               f"the first: {next(iter(wrong), 'none')}")
+        expect(len(wrong) < len(jobs), path, "images that can be read (is --image-root right?)")
     print(target)
     print(aligned({"studies": len(jobs) - len(wrong), "left out, unreadable": len(wrong)}))
     return wrong
 
 
-def copy_name(image):
+def copy_name(image, *settings):
     """The name of an image's copy, which changes with the image's path, size and time."""
-    key = str(image)
-    if os.path.exists(image):
+    key = [str(image), *settings]
+    if image.exists():
         status = image.stat()
-        key += f"\0{status.st_size}\0{status.st_mtime_ns}"
-    digest = hashlib.sha256(key.encode()).hexdigest()[:24]
-    return f"{digest[:2]}/{digest}.jpg"
+        key += [status.st_size, status.st_mtime_ns]
+    return hashlib.sha256(str(key).encode()).hexdigest()[:24] + ".jpg"
 
 
 def shrink(job):
-    """Writes the smaller copy of an image, unless a whole one is there -> why not, or None."""
+    """Writes the smaller copy of an image, unless it is there -> why not, or None."""
     image, target, size, crop = job
     if target.exists() and why_unreadable(target) is None:
         return None
@@ -1451,36 +1229,30 @@ def shrink(job):
         return str(error).removeprefix(f"{image}: ")
     if crop:
         large = crop_borders(large)
-    scale = min(1.0, size / min(large.size))
-    shape = [max(1, round(side * scale)) for side in large.size]
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if min(large.size) > size:
+        large = ImageOps.cover(large, (size, size), Image.Resampling.LANCZOS)
     with open_atomic(target, "wb") as file:
-        large.resize(shape, Image.Resampling.LANCZOS).save(file, "JPEG", quality=95)
+        large.save(file, "JPEG", quality=95)
     return None
 
 
-def draw_sheet(path, out, image_root=None, side=256):
+def draw_sheet(path, out):
     """Twelve images of a manifest, evenly spread, with the names of their positive classes."""
-    manifest = Manifest(path, image_root=image_root)
+    manifest = Manifest(path)
+    side = 256
     sheet = Image.new("L", (4 * side, 3 * side))
-    count = min(12, len(manifest))
-    black = 0
-    for k in range(count):
-        row = k * len(manifest) // count
-        record = manifest[row]
-        try:
-            image = read_image(manifest.image_path(row, record))
-        except UserError:
-            black += 1
-            continue
-        tile = image.resize((side, side), Image.Resampling.BICUBIC)
-        classes = record.get("targets") or record.get("labels") or {}
+    rows = np.unique(np.linspace(0, len(manifest) - 1, 12, dtype=int))
+    for k, i in enumerate(rows):
+        record = manifest[i]
+        tile = Image.new("L", (side, side))
+        with contextlib.suppress(UserError):  # one that cannot be read stays black
+            tile = read_image(manifest.image_path(i, record)).resize((side, side))
+        classes = record.get("targets", record.get("labels", {}))
         text = "\n".join(name for name, value in classes.items() if value == 1)
         ImageDraw.Draw(tile).text((4, 4), text, fill=255)
         sheet.paste(tile, (k % 4 * side, k // 4 * side))
     with open_atomic(out, "wb") as file:
         sheet.save(file, "PNG")
-    print(f"{out}: {count - black} images, {black} left black because they could not be read")
 
 
 # ---------------------------------------------------------------- what all scripts share
@@ -1496,8 +1268,11 @@ def expect(condition, where, what):
         raise UserError(f"{where}: expected {what}")
 
 
-def are_texts(*values):
-    return all(isinstance(value, str) for value in values)
+def texts_of(where, entry, *names):
+    """These fields of an object of JSON; UserError unless all are texts."""
+    whole = isinstance(entry, dict) and all(isinstance(entry.get(name), str) for name in names)
+    expect(whole, where, f"an object with {', '.join(names)} as texts")
+    return [entry[name] for name in names]
 
 
 def run_main(main):
@@ -1528,10 +1303,8 @@ def minimum(bound, kind=int):
 
 def open_file(path, mode="rb", **options):
     """open() of a regular file that the user named; UserError if it is not there or none."""
-    if not os.path.exists(path):
-        raise UserError(f"{path}: expected a file, found no such file")
-    if not os.path.isfile(path):  # opening a pipe would wait for a writer
-        raise UserError(f"{path}: expected a regular file")
+    expect(os.path.exists(path), path, "a file, found no such file")
+    expect(os.path.isfile(path), path, "a regular file")  # opening a pipe would wait for a writer
     try:
         return open(path, mode, **options)
     except OSError as error:
@@ -1546,10 +1319,8 @@ def open_atomic(path, mode="w"):
     disk fails.
     """
     path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: expected a regular file, or none, to write to")
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: expected a folder {path.parent} to write to")
+    expect(path.is_file() or not path.exists(), path, "a regular file, or none, to write to")
+    expect(path.parent.is_dir(), path, "its folder to be there")
     options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     temporary = f"{path.parent}/.{path.name}.{os.getpid()}.tmp"
     try:
@@ -1589,9 +1360,8 @@ def parse_line(where, line):
         if b"\\ud" in line.lower():  # an escaped half of a pair cannot be written or tokenised
             json.dumps(record, ensure_ascii=False).encode()
     except (ValueError, RecursionError):  # whose message may show the report
-        raise UserError(f"{where}: expected one JSON object in UTF-8") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
+        record = None
+    expect(isinstance(record, dict), where, "one JSON object in UTF-8")
     return record
 
 
@@ -1602,13 +1372,15 @@ def read_jsonl(path):
             yield number, parse_line(f"{path}:{number}", line)
 
 
-def read_json(path):
-    """One JSON document; UserError if the file is not there or is none."""
+def read_json(path, kind=object):
+    """One JSON document that is a list, a dict, ...; UserError if the file is not there or none."""
     with open_file(path) as file:
         try:
-            return json.load(file)
+            document = json.load(file)
         except (ValueError, RecursionError):
             raise UserError(f"{path}:1: expected one JSON document in UTF-8") from None
+    expect(isinstance(document, kind), path, f"a JSON document of kind {kind.__name__}")
+    return document
 
 
 def parallel(function, jobs, workers):
@@ -1657,8 +1429,6 @@ BUILDERS = {
 }
 DICOM = (".dcm", ".dicom")
 SUFFIXES = (".png", ".jpg", ".jpeg", *DICOM)
-MAX_PIXELS = 50_000_000    # checked before decoding: three times the largest published radiograph
-MAX_XML_BYTES = 1_000_000  # OpenI's longest report is 12 kB
 
 CLASS_NAMES = {name.lower(): name for name in CONDITIONS} | {
     "effusion": "Pleural Effusion", "normal": "No Finding"}
@@ -1681,6 +1451,7 @@ MESH = """
     Thickening/pleura: Pleural Thickening
     Hernia, Hiatal: Hernia
     normal: No Finding"""
+RSNA = ("Normal", "Lung Opacity", "No Lung Opacity / Not Normal")
 CXR14 = lines("""
     Atelectasis
     Cardiomegaly
@@ -1697,7 +1468,6 @@ CXR14 = lines("""
     Pleural_Thickening
     Hernia
     No Finding""")
-RSNA_CLASSES = ("Normal", "No Lung Opacity / Not Normal", "Lung Opacity")
 
 NORMALS = {  # Tab. 1
     "No acute cardiopulmonary process.": 15829,
@@ -1707,37 +1477,22 @@ NORMALS = {  # Tab. 1
     "No evidence of acute cardiopulmonary process.": 1255,
 }
 DUPLICATE = "No active lung lesion."  # Tab. 3: the one sentence of all added normal studies
-WEIGHTS = {  # how often the phantom has a finding
-    "Enlarged Cardiomediastinum": 0.6,
-    "Cardiomegaly": 1.2,
-    "Lung Opacity": 1.0,
-    "Lung Lesion": 0.9,
-    "Edema": 0.8,
-    "Consolidation": 0.9,
-    "Pneumonia": 1.0,
-    "Atelectasis": 1.0,
-    "Pneumothorax": 0.9,
-    "Pleural Effusion": 1.3,
-    "Pleural Other": 0.5,
-    "Fracture": 0.6,
-    "Support Devices": 0.8,
-}
-COMPANIONS = {  # what may come along
-    "Edema": ("Cardiomegaly", "Pleural Effusion"),
-    "Pneumonia": ("Lung Opacity",),
-    "Pneumothorax": ("Support Devices", "Fracture"),
-    "Pleural Effusion": ("Atelectasis",),
-}
-DRAWINGS = {  # the others are drawn with the heart, the bones or the devices
-    "Lung Opacity": _draw_opacity,
-    "Lung Lesion": _draw_lesion,
+SIDES = {"right": -1, "left": 1}  # the patient's: the sign of x
+ZONES = {"upper": -0.38, "mid": -0.02, "lower": 0.30}  # of a lung: y
+DRAWINGS = {
+    "Enlarged Cardiomediastinum": partial(_draw_organ, 0, -0.25, 0.18, 1.1, 0.20),
+    "Cardiomegaly": partial(_draw_organ, 0.14, 0.40, 0.30, 0.30, 0.24),
+    "Lung Opacity": partial(_draw_patches, 1, 0.50, 1.0),  # number, radius, softness
+    "Lung Lesion": partial(_draw_patches, 1, 0.15, 0.3),
     "Edema": _draw_edema,
-    "Consolidation": _draw_consolidation,
-    "Pneumonia": _draw_pneumonia,
+    "Consolidation": partial(_draw_patches, 1, 0.38, 0.2),
+    "Pneumonia": partial(_draw_patches, 7, 0.18, 0.8),
     "Atelectasis": _draw_atelectasis,
-    "Pneumothorax": _draw_pneumothorax,
+    "Pneumothorax": partial(_draw_rim, 0.25, 0.09),
     "Pleural Effusion": _draw_effusion,
-    "Pleural Other": _draw_thickening,
+    "Pleural Other": partial(_draw_rim, 0.09, 0.62),
+    "Fracture": _draw_fracture,
+    "Support Devices": _draw_device,
 }
 PHRASES = {
     "Enlarged Cardiomediastinum": """
@@ -1785,11 +1540,15 @@ PHRASES = {
         {device} in place
         {device} in standard position""",
 }
-SEVERITY = (
-    ("mild", "slight", "minimal"),
-    ("moderate",),
-    ("severe", "marked", "extensive"),
-)
+SEVERITY = {  # amount of a finding
+    "minimal": 0.3,
+    "mild": 0.4,
+    "slight": 0.4,
+    "moderate": 0.6,
+    "severe": 0.8,
+    "marked": 0.8,
+    "extensive": 0.9,
+}
 FRAMES = """
     there is {}.
     {}.
@@ -1802,11 +1561,9 @@ FRAMES = """
     compared to the prior study, there is {}.
     unchanged {}.
     {} is again seen.
-    no significant change in {}."""
-CHANGED = """
-    {} has increased since the previous examination.
+    no significant change in {}.
     new {} since the prior radiograph."""
-ABSENT = {
+ABSENT = {  # by the conditions that a sentence denies
     "Cardiomegaly": """
         the heart is normal in size.
         heart size is normal.
@@ -1833,33 +1590,35 @@ ABSENT = {
         no pneumonia.""",
     "Atelectasis": "no atelectasis.",
     "Lung Lesion": "no nodule or mass.",
+    "Pleural Effusion, Pneumothorax": "no pleural effusion or pneumothorax.",
+    "Consolidation, Edema, Pleural Effusion": "no consolidation, edema or pleural effusion.",
+    "Atelectasis, Pneumonia, Pneumothorax": "no atelectasis, pneumonia or pneumothorax.",
 }
-REMARKS = """
-    frontal view of the chest.
-    comparison is made to the prior study.
-    the patient is rotated.
-    single portable view of the chest."""
-DEVICES = {  # the points of a line, x and y; the pacemaker has its box too
+DEVICES = {  # the points of a line, x and y
     "left chest pacemaker": """
-        0.5 -0.5
-        0.2 -0.42
-        0.02 -0.1
-        0.0 0.3
-        0.22 0.5""",
+        0.62 -0.62
+        0.48 -0.62
+        0.48 -0.48
+        0.62 -0.48
+        0.62 -0.62
+        0.20 -0.42
+        0.02 -0.10
+        0.00 0.30
+        0.22 0.50""",
     "right internal jugular catheter": """
         -0.22 -0.98
-        -0.15 -0.6
-        -0.1 -0.2
-        -0.08 0.1""",
+        -0.15 -0.60
+        -0.10 -0.20
+        -0.08 0.10""",
     "endotracheal tube": """
         0.01 -1
-        0.0 -0.6
+        0.00 -0.60
         0.02 -0.28""",
     "nasogastric tube": """
         0.02 -1
-        0.03 0.2
-        0.1 0.62
-        0.3 0.72""",
+        0.03 0.20
+        0.10 0.62
+        0.30 0.72""",
 }
 
 
@@ -1874,11 +1633,11 @@ def parse_args(argv=None):
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__,
                                       formatter_class=style)
         add = command.add_argument
-        add("--sheet", metavar="F.png", help="also draw twelve of the images")
         if name in BUILDERS:
             add("root", help="folder of the official download (phantom: to draw into)")
             add("--out", required=True, help="manifest to write (JSON Lines)")
             add("--keep-missing", action="store_true", help="keep studies whose image is not there")
+            add("--sheet", metavar="F.png", help="also draw twelve of the images")
         else:
             add("manifest", help="JSON Lines of any of the sets")
             add("--image-root", help="replaces every record's root")
@@ -1887,10 +1646,10 @@ def parse_args(argv=None):
         if name == "cxr14":
             add("--probmed", metavar="test.json", help="its images and pairs only")
         if name == "phantom":
-            add("--studies", type=int, default=3000, help="number of studies")
-            add("--size", type=int, default=64, help="side in pixels")
+            add("--studies", type=minimum(1), default=3000, help="number of studies")
+            add("--size", type=minimum(32), default=64, help="side in pixels")
             add("--seed", type=minimum(0), default=0, help="another seed is another data set")
-            add("--normal-fraction", type=float, default=0.45,
+            add("--normal-fraction", type=minimum(0, float), default=0.45,
                 help="share of normal studies, with one of Tab. 1's templates")
             add("--duplicates", type=minimum(0), default=0,
                 help="normal training studies to add, all with one sentence (Tab. 3)")
@@ -1904,28 +1663,19 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     wrong = []
-    image_root = None
-    if args.command in BUILDERS:
-        manifest = args.out
-        present = args.command == "phantom" or Path(args.root).is_dir()
-        expect(present, args.root, "the folder of the official download")
-        records = BUILDERS[args.command](Download(args.root), args)
-        print(manifest)
-        print(write_manifest(args.command, records, args.root, manifest, args.keep_missing))
+    if args.command == "check":
+        wrong = check(args.manifest, args.image_root, args.workers)
+    elif args.command == "cache":
+        wrong = cache(args.manifest, args.out, args.size, args.crop_borders, args.workers,
+                      args.image_root)
     else:
-        manifest = args.manifest
-        image_root = args.image_root
-        if args.command == "check":
-            wrong = check(manifest, image_root, args.workers)
-        else:
-            wrong = cache(manifest, args.out, args.size, args.crop_borders, args.workers,
-                          image_root)
-    for line in wrong[:20]:
+        records = BUILDERS[args.command](Download(args.root), args)
+        print(args.out)
+        print(write_manifest(args.command, records, args.root, args.out, args.keep_missing))
+        if args.sheet:
+            draw_sheet(args.out, args.sheet)
+    for line in wrong:
         print(f"wrong: {line}", file=sys.stderr)
-    if len(wrong) > 20:
-        print(f"wrong: {len(wrong)} in all", file=sys.stderr)
-    if args.sheet:
-        draw_sheet(manifest, args.sheet, image_root)
     if wrong and args.command == "check":
         sys.exit(1)
 
