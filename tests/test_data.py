@@ -886,6 +886,7 @@ def test_damaged_images_are_a_user_error_whatever_the_byte(tmp_path):
 
 
 def test_dicom_without_pydicom_says_what_to_install(tmp_path, monkeypatch):
+    write(tmp_path / "x.dcm", "x")
     monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
     with pytest.raises(ValueError, match="x.dcm: .*pip install pydicom"):
         read_image(tmp_path / "x.dcm")
