@@ -45,7 +45,6 @@ from data import (
     SPLITS,
     Manifest,
     UserError,
-    are_texts,
     expect,
     label_vector,
     minimum,
@@ -406,12 +405,12 @@ def prompts(name, single=False):
 def read_prompts(path):
     """--prompts FILE.json: class -> [positive texts, negative texts]; UserError if it is not."""
     what = "an object: class -> [positive texts, negative texts]"
-    sides = read_json(path)
-    expect(isinstance(sides, dict), path, what)
+    sides = read_json(path, dict)
     for pair in sides.values():
         expect(isinstance(pair, list) and len(pair) == 2, path, what)
         for texts in pair:
-            expect(isinstance(texts, list) and texts and are_texts(*texts), path, what)
+            whole = isinstance(texts, list) and {type(text) for text in texts} == {str}
+            expect(whole, path, what)
     return sides
 
 
