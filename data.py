@@ -264,7 +264,7 @@ class Studies(Dataset):
     tensors. negatives: draw one stored hard negative anew each epoch; a study with none gets a
     report of this split with exactly one positive, its labels and graph (Sec. 4.1). graphs: add the
     RadGraph graphs. uncertain: see label_vector. An unreadable image is replaced by another study
-    drawn from the same seed, so batches keep their size; "bad" lists it. UserError, before any
+    drawn from the same seed, so batches keep their size; "bad" counts them. UserError, before any
     step, if there are studies without a negative and no two different reports to draw from.
     """
 
@@ -332,11 +332,10 @@ class Studies(Dataset):
 
     def collate(self, samples):
         """Samples -> one batch; tokens and graphs are made here, that is in the worker."""
-        bad = {i for sample in samples for i in sample["bad"]}
         images = np.stack([sample["pixels"] for sample in samples])
         batch = {"pixels": torch.from_numpy(images),                                 # (B, 1, S, S)
                  "index": torch.tensor([sample["index"] for sample in samples]),     # (B,)
-                 "bad": torch.tensor(sorted(bad), dtype=torch.int64)}
+                 "bad": sum(len(sample["bad"]) for sample in samples)}
         batch |= self._collate_side(samples, "")
         if self.negatives:
             batch |= self._collate_side([sample["hard"] for sample in samples], "hard_")
@@ -1288,16 +1287,17 @@ def run_main(main):
         sys.exit(130)
 
 
-def minimum(bound, kind=int):
-    """An argparse type: a finite number of at least `bound`."""
+def minimum(bound, kind=int, below=math.inf):
+    """An argparse type: a number of at least `bound`, finite and below `below`."""
     def parse(text):
         with contextlib.suppress(ValueError):
             value = kind(text)
-            if bound <= value < float("inf"):
+            if bound <= value < below:
                 return value
         whole = " whole" if kind is int else ""
+        end = f" and below {below}" if below < math.inf else ""
         raise argparse.ArgumentTypeError(
-            f"expected a{whole} number of at least {bound}, got {text}")
+            f"expected a{whole} number of at least {bound}{end}, got {text}")
     return parse
 
 

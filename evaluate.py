@@ -274,13 +274,13 @@ TASKS = {
 
 
 def validate(model, manifest, batch_size=64, workers=0):
-    """For training: macro zero-shot "auroc" and "retrieval@5", NaN where they cannot be told."""
+    """For training: macro zero-shot "auroc" and "retrieval@5", None where they cannot be told."""
     bench = Bench(model, manifest, batch_size=batch_size, workers=workers, resamples=0)
-    result = {"auroc": math.nan, "retrieval@5": math.nan}
+    result = {"auroc": None, "retrieval@5": None}
     with contextlib.suppress(Unmeasurable):
-        result["auroc"] = zero_shot(bench)["metrics"]["macro AUROC"]["value"]
+        result["auroc"] = round(zero_shot(bench)["metrics"]["macro AUROC"]["value"], 4)
     with contextlib.suppress(Unmeasurable):
-        result["retrieval@5"] = retrieval(bench)["metrics"]["@5"]["value"]
+        result["retrieval@5"] = round(retrieval(bench)["metrics"]["@5"]["value"], 4)
     return result
 
 

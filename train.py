@@ -54,7 +54,6 @@ from data import (
     make_phantom,
     minimum,
     open_atomic,
-    open_file,
     read_jsonl,
     run_main,
 )
@@ -93,15 +92,13 @@ def build_loss(args):
     _, _, streams = SYSTEMS[args.system]
     if streams == "softclip":
         return SoftCLIPLoss(row_chunk=args.row_chunk)
-    weights = {"text": args.w_text, "clinical": args.w_clinical, "graph": args.w_graph}
-    for name in weights:
-        if name[0] not in streams:
-            weights[name] = 0.0
     kind = DynamicSoftContrastiveLoss
     if args.framework == "sigmoid":
         kind = SigmoidSoftContrastiveLoss
-    return kind(*weights.values(), args.tau_text, args.tau_clinical, args.tau_graph,
-                soft=streams != "", row_chunk=args.row_chunk)
+    weights = {"t": args.w_text, "c": args.w_clinical, "g": args.w_graph}
+    weights = [weight if letter in streams else 0.0 for letter, weight in weights.items()]
+    return kind(*weights, args.tau_text, args.tau_clinical, args.tau_graph, soft=streams != "",
+                row_chunk=args.row_chunk)
 
 
 def embed(model, batch, autocast, seed):
@@ -111,10 +108,16 @@ def embed(model, batch, autocast, seed):
         return model(batch)
 
 
+def seed_step(seed, step, rank, micro):
+    """Dropout and stochastic depth become a function of (seed, step, rank, micro-batch)."""
+    state = np.random.SeedSequence([seed, step, rank, micro]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0] >> 1))
+
+
 def labels_of(batches):
     """C1 and, where there are hard negatives, C2 of all micro-batches: (B, 14) by name."""
-    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]
-            if name in ("labels", "hard_labels")}
+    names = batches[0].keys() & {"labels", "hard_labels"}
+    return {name: torch.cat([batch[name] for batch in batches]) for name in names}
 
 
 def plain_step(model, criterion, batch, autocast, seed):
@@ -144,15 +147,17 @@ def cached_step(model, criterion, batches, autocast, seed):
     to the embeddings; embed each micro-batch again, with the same random state, and send its share
     of that gradient through the encoders. So every negative of the batch is kept.
     """
-    count, whole = len(batches), embed_all(model, batches, autocast, seed)
+    count = len(batches)
+    whole = embed_all(model, batches, autocast, seed)
     for x in whole.values():
         x.requires_grad_()
     losses = criterion(**whole, **labels_of(batches))
     losses["loss"].backward()
     for micro, batch in enumerate(batches):
-        with contextlib.ExitStack() as stack:
-            if micro < count - 1 and isinstance(model, DistributedDataParallel):
-                stack.enter_context(model.no_sync())  # ranks exchange gradients with the last
+        exchange = contextlib.nullcontext()
+        if micro < count - 1 and isinstance(model, DistributedDataParallel):
+            exchange = model.no_sync()  # ranks exchange gradients with the last one
+        with exchange:
             again = embed(model, batch, autocast, (*seed, micro))
             shares = []
             for name, x in again.items():
@@ -164,21 +169,21 @@ def cached_step(model, criterion, batches, autocast, seed):
 
 def learning_rate(step, args, epoch_steps):
     """Linear warm-up, then half a cosine to zero at the end of --epochs: a function of the step."""
-    warmup, total = args.warmup_epochs * epoch_steps, args.epochs * epoch_steps
+    warmup = args.warmup_epochs * epoch_steps
     if step < warmup:
         return args.lr * min(1, (step + 1) / warmup)
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    share = (step - warmup) / max(1, args.epochs * epoch_steps - warmup)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def parameter_groups(model, weight_decay):
     """Weight decay on matrices alone: none on biases, norms, temperature and the empty node."""
-    decayed, spared = [], []
+    decayed = []
+    spared = []
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if parameter.dim() > 1 and "bias" not in name:
+        if parameter.requires_grad and parameter.dim() > 1 and "bias" not in name:
             decayed.append(parameter)
-        else:
+        elif parameter.requires_grad:
             spared.append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay},
             {"params": spared, "weight_decay": 0.0}]
@@ -189,17 +194,17 @@ def parameter_groups(model, weight_decay):
 
 def train(run, model, criterion, batches, bar):
     """Steps and validations up to `run.total`; leaves early, saved, when a signal asks any rank."""
-    args, state, ranks, device = run.args, run.state, run.ranks, run.ranks.device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    signals, unreadable, warned = listen(), set(), set()
+    args = run.args
+    state = run.state
+    autocast = torch.autocast(run.ranks.device.type, torch.bfloat16,
+                              enabled=args.precision == "bf16")
+    signals = listen()
+    unreadable = 0  # images of this epoch, of all ranks
     if run.epoch_is_over() and state.validated < state.step:
         run.validate()
     while state.step < run.total:
-        began, epoch = time.perf_counter(), state.step // run.epoch_steps
-        micro = [next(batches) for _ in range(args.accumulate)]
-        for batch in micro:
-            unreadable.update(batch.pop("bad").tolist())
-        micro = [to_device(batch, device) for batch in micro]
+        began = time.perf_counter()
+        micro = [to_device(next(batches), run.ranks.device) for _ in range(args.accumulate)]
         waited = time.perf_counter() - began
         # lr
         lr = learning_rate(state.step, args, run.epoch_steps)
@@ -207,83 +212,84 @@ def train(run, model, criterion, batches, bar):
             group["lr"] = lr
         # forward + loss + backward
         run.optimizer.zero_grad()
-        seed = args.seed, state.step, ranks.rank
+        seed = (args.seed, state.step, run.ranks.rank)
         if args.accumulate == 1:
             losses = plain_step(model, criterion, micro[0], autocast, seed)
         else:
             losses = cached_step(model, criterion, micro, autocast, seed)
-        # step: the numbers are the same on all ranks, so all skip together
         losses["grad_norm"] = torch.nn.utils.clip_grad_norm_(run.clip.parameters(), args.clip)
         losses["logit_scale"] = run.clip.logit_scale.detach()
         if args.framework == "sigmoid":
             losses["logit_bias"] = run.clip.logit_bias.detach()
-        values, stop, bad = read_numbers(ranks, losses, len(signals), len(unreadable))
-        logit_scale = values.pop("logit_scale")
-        state.step += 1
-        state.skipped_in_a_row += 1
-        if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
-            run.optimizer.step()
-            run.clip.clamp_temperature()
-            state.skipped_in_a_row = 0
-        else:
-            state.skipped += 1
+        bad = sum(batch["bad"] for batch in micro)
+        values, (stop, bad) = read_numbers(run.ranks, losses, len(signals), bad)
+        temperature = math.exp(-values.pop("logit_scale"))
+        # step
+        update(run, values)
         # log
         took = time.perf_counter() - began
-        run.log(step=state.step, epoch=epoch, **values, lr=lr, skipped=state.skipped,
-                temperature=math.exp(-logit_scale), images_per_s=args.batch_size / took,
-                data_wait=waited / took, memory_mb=memory_mb(device))
+        run.log(step=state.step, epoch=(state.step - 1) // run.epoch_steps, **values, lr=lr,
+                temperature=temperature, skipped=state.skipped, data_wait=waited / took,
+                images_per_s=args.batch_size / took, memory_mb=memory_mb(run.ranks.device))
         bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
         bar.update()
-        warn_of_collapse(run, values, warned)
-        if state.skipped_in_a_row == MAX_SKIPPED:
-            stop_for_bad_numbers(run, values, micro)
-        if bad > MAX_BAD * len(run.studies):
-            refuse(ranks, f"{bad:.0f} images of an epoch could not be read, more than "
-                   f"{MAX_BAD:.0%}; see python data.py check {run.studies.manifest.path}")
+        # unreadable images
+        unreadable += bad
+        if unreadable > MAX_BAD * len(run.studies):
+            refuse(run.ranks, f"{unreadable:.0f} images of an epoch could not be read, more than "
+                   f"{MAX_BAD:.0%}; python data.py check {run.studies.manifest.path} lists them")
         # checkpoint
-        if stop or run.epoch_is_over():
-            run.report_unreadable(unreadable)
-            unreadable, warned = set(), set()
-        if stop:
-            run.save()
-            say(ranks, f"a signal came: saved after step {state.step}; go on with --resume")
-            return
         if run.epoch_is_over():
+            warn(run, values, unreadable)
+            unreadable = 0
             run.validate()
-        elif state.step % args.checkpoint_every == 0:
+        elif stop or state.step % args.checkpoint_every == 0:
             run.save()
+        if stop:
+            say(run.ranks, f"a signal came: saved after step {state.step}; go on with --resume")
+            return
 
 
-def read_numbers(ranks, scalars, signals, unreadable):
+def read_numbers(ranks, scalars, *counts):
     """A step's numbers on the CPU, in one copy: the only time that a step waits for the device.
 
-    scalars: tensors by name; signals, unreadable: counts of this rank. Returns floats by name, and
-    both counts summed over ranks.
+    scalars: tensors by name, equal on all ranks; counts: numbers of this rank. Returns floats by
+    name, and the counts summed over ranks.
     """
-    counts = torch.tensor([float(signals), float(unreadable)])
-    counts = counts.to(ranks.device, non_blocking=True)
+    counts = torch.tensor(counts, dtype=torch.float32).to(ranks.device, non_blocking=True)
     if ranks.world > 1:
         dist.all_reduce(counts)
-    *values, signals, unreadable = torch.stack([*scalars.values(), *counts]).detach().tolist()
-    return dict(zip(scalars, values, strict=True)), signals, unreadable
+    numbers = torch.stack([*scalars.values(), *counts]).detach().tolist()
+    return dict(zip(scalars, numbers, strict=False)), numbers[len(scalars):]
 
 
-def warn_of_collapse(run, values, warned):
-    """Once an epoch, when soft labels turn uniform: the KL then falls with nothing learned."""
+def update(run, values):
+    """The optimiser's step, unless the numbers are bad: they are the same on all ranks."""
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    run.state.step += 1
+    if bad:
+        run.state.skipped += 1
+        run.skipped_in_a_row += 1
+    else:
+        run.optimizer.step()
+        run.clip.clamp_temperature()
+        run.skipped_in_a_row = 0
+    if run.skipped_in_a_row == MAX_SKIPPED:
+        refuse(run.ranks, f"step {run.state.step}: {MAX_SKIPPED} steps in a row without finite "
+               f"numbers, the last in {', '.join(bad)}")
+
+
+def warn(run, values, unreadable):
+    """At the end of an epoch: replaced images, and soft labels that teach nothing."""
+    if unreadable:
+        run.state.unreadable += int(unreadable)
+        say(run.ranks, f"warning: {unreadable:.0f} unreadable images of this epoch were replaced; "
+            f"python data.py check {run.studies.manifest.path} lists them")
     for name in ("text", "graph"):
         value = values.get(f"positives_{name}", 0.0)
-        if value > COLLAPSE * run.num_texts and name not in warned:
-            warned.add(name)
+        if value > COLLAPSE * run.num_texts:
             say(run.ranks, f"warning: positives_{name} is {value:.0f} of {run.num_texts}: the soft "
                 f"labels have nearly collapsed; raise --tau-{name}")
-
-
-def stop_for_bad_numbers(run, values, batches):
-    """End the run, naming the terms that are no numbers and the lines of the last batch."""
-    terms = [name for name, value in values.items() if not math.isfinite(value)]
-    rows = torch.cat([batch["index"] for batch in batches]).tolist()
-    refuse(run.ranks, f"step {run.state.step}: {MAX_SKIPPED} steps in a row without finite "
-           f"numbers, the last in {', '.join(terms)}, of {lines_of(run, rows)}")
 
 
 def look_ahead(run, criterion, batches):
@@ -291,22 +297,21 @@ def look_ahead(run, criterion, batches):
 
     Similarities of reports depend on the encoder, so no threshold suits two of them.
     """
-    args, ranks, clip = run.args, run.ranks, run.clip
-    batches = [to_device(batch, ranks.device) for batch in batches]
-    whole = embed_all(clip, batches, contextlib.nullcontext(), (args.seed, 0, ranks.rank))
-    texts = torch.cat([x for name, x in whole.items() if name in ("text", "hard_text")]).cpu()
-    texts = torch.cat(all_ranks(ranks, texts))[:1024]                         # (n, D)
+    batches = [to_device(batch, run.ranks.device) for batch in batches]
+    whole = embed_all(run.clip, batches, contextlib.nullcontext(), (run.args.seed, 0, 0))
+    inputs = {k: x for k, x in whole.items() if "text" in k or "graph" in k}
+    texts = torch.cat([x for name, x in inputs.items() if "text" in name])[:1024]  # (n, D)
     positives = ""
     for tau in (0.5, 0.7, 0.8, 0.9, 0.95, 0.98):
         y_hat = soft_labels(texts @ texts.T, tau)                             # (n, n)
         positives += f"   {tau}: {torch.special.entr(y_hat).sum(1).exp().mean():.1f}"
-    say(ranks, f"positives     that a report has in effect among {len(texts)} texts of the first "
-        f"batch, by --tau-text\n           {positives}\n              1: one-hot, as in CLIP; near "
+    say(run.ranks,
+        f"positives     that a report has in effect among {len(texts)} texts of the first batch, "
+        f"by --tau-text\n           {positives}\n              1: one-hot, as in CLIP; near "
         f"{len(texts)}: all alike, nothing is learned; choose a few")
-    if args.framework == "sigmoid":
-        inputs = {k: x for k, x in whole.items() if "text" in k or "graph" in k}
-        with torch.no_grad():
-            clip.logit_bias.fill_(criterion.initial_bias(**inputs, **labels_of(batches)))
+    if run.args.framework == "sigmoid":
+        bias = criterion.initial_bias(**inputs, **labels_of(batches))
+        torch.nn.init.constant_(run.clip.logit_bias, bias)
 
 
 # ---------------------------------------------------------------- the run folder
@@ -319,7 +324,9 @@ class Run:
     """
 
     def __init__(self, args, ranks, folder, path):
-        self.args, self.ranks, self.folder = args, ranks, folder
+        self.args = args
+        self.ranks = ranks
+        self.folder = folder
         negatives, graphs, _ = SYSTEMS[args.system]
         torch.manual_seed(args.seed)  # weights are the same on all ranks
         clip = ClinicalCLIP(args.image_encoder, args.text_encoder, args.width, args.image_size,
@@ -334,16 +341,14 @@ class Run:
         self.num_texts = args.batch_size * (2 if negatives else 1)
         self.epoch_steps = len(self.studies) // args.batch_size
         self.total = min(args.epochs * self.epoch_steps, args.max_steps or sys.maxsize)
-        self.state = SimpleNamespace(step=0, validated=0, skipped=0, skipped_in_a_row=0,
-                                     unreadable=0, best={})  # step counts finished steps
+        self.state = SimpleNamespace(step=0, validated=0, skipped=0, unreadable=0, best={})
+        self.skipped_in_a_row = 0
         self.saved_step = None  # of last.pt, if this run wrote it or took it up
+        self.log_bytes = 0  # of log.jsonl, at the checkpoint that this run goes on from
 
     def resume(self, checkpoint):
         """Go on from a checkpoint; refuse flags and data that would make it another run."""
-        try:
-            saved = load_checkpoint(Path(checkpoint))
-        except ModelError as error:
-            raise UserError(f"--resume: {error}") from None
+        saved = load_checkpoint(checkpoint)
         changed = [f"--{name.replace('_', '-')} was {saved['flags'].get(name)!r}, is now {value!r}"
                    for name, value in self.flags().items() if saved["flags"].get(name) != value]
         expect(not changed, "cannot resume", f"the same flags: {'; '.join(changed)}")
@@ -352,7 +357,8 @@ class Run:
         self.clip.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.state = SimpleNamespace(**saved["state"])
-        if Path(checkpoint) == self.folder / "last.pt":
+        self.log_bytes = saved["log_bytes"]
+        if checkpoint == self.folder / "last.pt":
             self.saved_step = self.state.step
         if not (self.folder / "best.pt").exists():
             self.state.best = {}  # it stayed in the folder that the checkpoint came from
@@ -377,61 +383,56 @@ class Run:
             for name, value in record.items():
                 if isinstance(value, float) and not math.isfinite(value):
                     record[name] = None
-            with open_file(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
 
     def start_record(self):
-        """config.json, the tokenizer and the head of the log, without what a checkpoint forgot."""
+        """config.json, the tokenizer and the head of the log; what is after the checkpoint goes."""
         self.clip.save_tokenizer(self.folder / "tokenizer")
         with open_atomic(self.folder / "config.json") as file:
-            json.dump({"flags": vars(self.args), "world": self.ranks.world, **provenance()}, file,
-                      indent=1)
-        step, path, records = self.state.step, self.folder / "log.jsonl", []
-        if path.exists():
-            for number, record in read_jsonl(path):
-                logged = record.get("step", 0)
-                expect(isinstance(logged, int), f"{path}:{number}", "step as a whole number")
-                if logged <= step:
-                    records.append(record)
-        with open_atomic(path) as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
-        self.log(argv=sys.argv, from_step=step, time=time.strftime("%Y-%m-%d %H:%M:%S"))
+            config = {"flags": vars(self.args), "world": self.ranks.world, **provenance()}
+            json.dump(config, file, indent=1)
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.truncate(min(file.tell(), self.log_bytes))
+        self.log(argv=sys.argv, from_step=self.state.step, time=time.strftime("%Y-%m-%d %H:%M:%S"))
         say(self.ranks,
             f"run folder    {self.folder}\n"
             f"data          {len(self.studies):,} training and {len(self.val_rows):,} validation "
             "studies (without any: no best.pt)\n"
-            f"steps         {step} to {self.total:,}, {self.args.batch_size} studies each, "
-            f"{self.ranks.world} rank(s) on {self.ranks.device.type}")
+            f"steps         {self.state.step} to {self.total:,}, {self.args.batch_size} studies "
+            f"each, {self.ranks.world} rank(s) on {self.ranks.device.type}")
 
     def save(self, name="last.pt"):
-        """Write a checkpoint; a full disk costs that one. Returns whether it was written.
+        """Write a checkpoint, by rank 0. Returns whether it was written."""
+        written = on_rank_0(self.ranks, lambda: self.write(self.folder / name))
+        if written and name == "last.pt":
+            self.saved_step = self.state.step
+        return written
+
+    def write(self, path):
+        """The same on rank 0; a full disk costs that checkpoint.
 
         Renames alone, which any file system can: last to previous, new to last. Readers take
         previous.pt while there is no last.pt. A last.pt that this run has not written or read may
         be damaged, and must not take the place of previous.pt.
         """
-        def write():
-            buffer, path = io.BytesIO(), self.folder / name
-            torch.save({"model": self.clip.state_dict(), "model_config": self.clip.config,
-                        "optimizer": self.optimizer.state_dict(), "state": vars(self.state),
-                        "flags": self.flags(), "world": self.ranks.world,
-                        "data": self.studies.manifest.digest()}, buffer)
-            spare = "last.damaged.pt" if self.saved_step is None else "previous.pt"
-            try:
-                with open_atomic(path, "wb") as file:
-                    file.write(buffer.getbuffer())
-                    file.flush()
-                    if name == "last.pt" and path.exists():
-                        os.replace(path, self.folder / spare)
-            except UserError as error:
-                say(self.ranks, f"warning: {error}; the one before stands")
-                return False
-            return True
-
-        written = on_rank_0(self.ranks, write)
-        if written and name == "last.pt":
-            self.saved_step = self.state.step
-        return written
+        buffer = io.BytesIO()
+        torch.save({"model": self.clip.state_dict(), "model_config": self.clip.config,
+                    "optimizer": self.optimizer.state_dict(), "state": vars(self.state),
+                    "flags": self.flags(), "world": self.ranks.world,
+                    "data": self.studies.manifest.digest(),
+                    "log_bytes": os.path.getsize(self.folder / "log.jsonl")}, buffer)
+        spare = "last.damaged.pt" if self.saved_step is None else "previous.pt"
+        try:
+            with open_atomic(path, "wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                if path.name == "last.pt" and path.exists():
+                    os.replace(path, self.folder / spare)
+        except UserError as error:
+            say(self.ranks, f"warning: {error}; the one before stands")
+            return False
+        return True
 
     def validate(self):
         """Zero-shot AUROC and retrieval on the val rows; best.pt keeps the best, never the loss."""
@@ -446,44 +447,22 @@ class Run:
     def measure(self):
         """Validate and log; the result where it is the best so far, else None."""
         # ASSUMPTION: the model to evaluate is best.pt, the best zero-shot AUROC in validation.
-        result = validate(self.clip, self.val_rows, self.args.batch_size,
-                          self.args.workers)
+        result = validate(self.clip, self.val_rows, self.args.batch_size, self.args.workers)
         self.clip.train()
-        result = {k: None if math.isnan(v) else round(v, 6) for k, v in result.items()}
-        step, by = self.state.step, "auroc"
-        self.log(step=step, val=result)
-        say(self.ranks, f"step {step:>6}   val   " + "   ".join(
-            f"{k} {'n/a' if v is None else format(v, '.3f')}" for k, v in result.items()))
-        if result[by] is None:
-            by = "retrieval@5"
-        best = self.state.best.get(by)
-        if best is None or (result[by] is not None and result[by] > best):
-            return {"step": step, **result}
-        return None
-
-    def report_unreadable(self, unreadable):
-        """At the end of an epoch: which training images of all ranks were replaced."""
-        unreadable = set().union(*all_ranks(self.ranks, unreadable))
-        self.state.unreadable += len(unreadable)
-        if unreadable:
-            say(self.ranks, f"warning: {len(unreadable)} unreadable images of this epoch were "
-                f"replaced: {lines_of(self, unreadable)}")
-
-
-def lines_of(run, rows):
-    """Where training rows stand; the first twenty are enough to look at."""
-    manifest = run.studies.manifest
-    lines = sorted(manifest.line(row) for row in rows)
-    return f"{manifest.path}, lines {', '.join(map(str, lines[:20]))}"
+        self.log(step=self.state.step, val=result)
+        say(self.ranks, f"step {self.state.step:>6}   val   "
+            + "   ".join(f"{name} {value}" for name, value in result.items()))
+        by = "retrieval@5" if result["auroc"] is None else "auroc"
+        if self.state.best and (result[by] or 0) <= (self.state.best[by] or 0):
+            return None
+        return {"step": self.state.step, **result}
 
 
 @contextlib.contextmanager
 def open_folder(args):
     """The run folder, --out or a fresh one, locked; it goes again if nothing came of it."""
-    number = 1
-    while Path(f"runs/run-{number:03}").exists():
-        number += 1
-    folder = Path(args.out or f"runs/run-{number:03}")
+    fresh = (Path(f"runs/run-{number:03}") for number in itertools.count(1))
+    folder = Path(args.out or next(path for path in fresh if not path.exists()))
     goes_on = args.resume and (args.resume == "latest" or Path(args.resume).parent == folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -513,19 +492,14 @@ def find_checkpoint(args, folder):
     """What --resume names: a path, or the newest intact checkpoint of --out; None to start."""
     if args.resume != "latest":
         return args.resume
-    damaged = []
-    for path in (folder / "last.pt", folder / "previous.pt"):
-        if path.exists():
-            try:
-                load_checkpoint(path)
-            except ModelError as error:
-                damaged.append(str(error))
-                continue
-            if damaged:
-                print(f"warning: {damaged[0]}; using {path.name}", file=sys.stderr)
+    paths = [path for path in (folder / "last.pt", folder / "previous.pt") if path.exists()]
+    for path in paths:
+        try:
+            load_checkpoint(path)
             return str(path)
-    expect(not damaged, folder, f"an intact checkpoint ({'; '.join(damaged)}); remove the folder "
-           "to start afresh")
+        except ModelError as error:
+            print(f"warning: passed over {error}", file=sys.stderr)
+    expect(not paths, folder, "an intact checkpoint; remove the folder to start afresh")
     return None
 
 
@@ -541,7 +515,7 @@ def memory_mb(device):
 
 def phantom():
     """The embedded data set in runs/phantom, annotated anew like any report by today's rules."""
-    raw = make_phantom(Path("runs/phantom"), studies=PHANTOM_STUDIES)
+    raw = make_phantom("runs/phantom", studies=PHANTOM_STUDIES)
     path = raw.with_name("phantom_neg.jsonl")
     with open_atomic(path) as file:
         for _, record in tqdm(read_jsonl(raw), total=PHANTOM_STUDIES, desc="phantom reports"):
@@ -549,24 +523,23 @@ def phantom():
     return str(path)
 
 
+def check_rows(args, path):
+    """Rows enough to train, each with what the system needs; rows that validate may be none."""
+    rows = Manifest(path, "train")
+    Manifest(args.val or path)
+    expect(len(rows) >= args.batch_size, path, f"at least --batch-size {args.batch_size} rows "
+           f"of split train, got {len(rows)}")
+    _, graphs, _ = SYSTEMS[args.system]
+    ready = rows.labelled & (rows.with_graphs | (not graphs))
+    needed = "report, labels and graph" if graphs else "report and labels"
+    expect(ready.all(), rows.where(np.argmin(ready)), f"{needed}, also of each hard negative, for "
+           f"--system {args.system}; run negations.py on it first")
+
+
 def check_reading(run):
     """Before step 1: a training image, in case the image root is wrong, and all that validate."""
     run.studies[0, 0]
     check_images(run.val_rows, run.args.workers)
-
-
-def check_rows(args, rows):
-    """Enough training rows, each with what the system needs."""
-    negatives, graphs, _ = SYSTEMS[args.system]
-    expect(len(rows) >= args.batch_size, rows.path, f"at least --batch-size {args.batch_size} rows "
-           f"of split train, got {len(rows)}")
-    ready, needed = rows.labelled, "report and labels"
-    if graphs:
-        ready, needed = rows.labelled & rows.with_graphs, "report, labels and graph"
-    lacking = np.flatnonzero(~ready)
-    if len(lacking):
-        raise UserError(f"{rows.path}:{rows.line(lacking[0])}: expected {needed}, also of each "
-                        f"hard negative, for --system {args.system}; run negations.py on it first")
 
 
 def read_batches(studies, args, step, rank, world):
@@ -579,8 +552,7 @@ def read_batches(studies, args, step, rank, world):
         for epoch in range(first, args.epochs):
             for rows in GlobalBatches(len(studies), args.batch_size, args.seed, epoch, rank, world,
                                       skipped):
-                for micro in np.array_split(rows, args.accumulate):
-                    yield micro.tolist()
+                yield from np.array_split(rows, args.accumulate)
             skipped = 0
 
     yield from DataLoader(studies, batch_sampler=keys(), num_workers=args.workers,
@@ -597,7 +569,7 @@ def to_device(x, device):
     return x
 
 
-# ---------------------------------------------------------------- ranks, seeds, signals
+# ---------------------------------------------------------------- ranks, signals
 
 
 @dataclass
@@ -614,14 +586,16 @@ def start_ranks():
     """Join the process group that torchrun describes."""
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device, backend, store = torch.device("cpu"), "gloo", None
+    ranks = Ranks(rank, world, torch.device("cpu"))
     if torch.cuda.is_available():
-        device, backend = torch.device("cuda", local), "nccl"
-        torch.cuda.set_device(device)
+        ranks.device = torch.device("cuda", local)
+        torch.cuda.set_device(ranks.device)
     if world > 1:
-        store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
-        dist.init_process_group(backend, rank=rank, world_size=world, store=store, timeout=TIMEOUT)
-    return Ranks(rank, world, device, store)
+        ranks.store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=world, store=ranks.store,
+                                timeout=TIMEOUT)
+    return ranks
 
 
 def leave_ranks():
@@ -662,14 +636,6 @@ def on_rank_0(ranks, function):
     return reply["result"]
 
 
-def all_ranks(ranks, value):
-    """The values of all ranks, in rank order."""
-    values = [value] * ranks.world
-    if ranks.world > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
 def say(ranks, line):
     """One line on stderr, from rank 0, above the progress bar."""
     if ranks.rank == 0:
@@ -681,12 +647,6 @@ def refuse(ranks, message):
     if ranks.rank:
         sys.exit(2)
     raise UserError(message)
-
-
-def seed_step(seed, step, rank, micro):
-    """Dropout and stochastic depth become a function of (seed, step, rank, micro-batch)."""
-    state = np.random.SeedSequence([seed, step, rank, micro]).generate_state(1, np.uint64)
-    torch.manual_seed(int(state[0] >> 1))
 
 
 def listen():
@@ -726,14 +686,6 @@ def user_errors():
 # ---------------------------------------------------------------- flags
 
 
-def threshold(text):
-    """An argparse type: tau of Eq. 4, 5, 9."""
-    tau = minimum(0, float)(text)
-    if tau >= 1:
-        raise argparse.ArgumentTypeError(f"expected a number below 1, got {text}")
-    return tau
-
-
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -762,9 +714,10 @@ def parse_args(argv=None):
         add(f"--w-{stream}", type=minimum(0, float), default=1.0,
             help=f"weight w_{letter} of Eq. 10")
     for stream, tau in DynamicSoftContrastiveLoss().thresholds.items():
-        add(f"--tau-{stream}", type=threshold, default=tau, help="threshold; choose one at which a "
-            "report has a few positives (shown before step 1 for text; log.jsonl has all streams): "
-            "at 1 labels are one-hot, near the number of texts they collapse")
+        add(f"--tau-{stream}", type=minimum(0, float, below=1), default=tau,
+            help="threshold; choose one at which a report has a few positives (shown before step 1 "
+            "for text; log.jsonl has all streams): at 1 labels are one-hot, near the number of "
+            "texts they collapse")
     add("--row-chunk", type=minimum(1),
         help="evaluate the loss that many rows at a time, to save memory")
     # ASSUMPTION: AdamW's rate, schedule, epochs, batch are CXR-CLIP's; tiny encoders get lr 1e-3.
@@ -806,15 +759,13 @@ def prepare(args, ranks, folder):
            f"a multiple of {ranks.world} ranks x --accumulate {args.accumulate}")
     checkpoint = on_rank_0(ranks, lambda: find_checkpoint(args, folder))
     path = args.train or on_rank_0(ranks, phantom)
-    # First on rank 0 alone, which writes the sidecars and says what is wrong.
-    on_rank_0(ranks, lambda: check_rows(args, Manifest(path, "train")))
-    on_rank_0(ranks, lambda: len(Manifest(args.val or path)))
+    on_rank_0(ranks, lambda: check_rows(args, path))  # alone first, since it writes the sidecars
     try:
         run = Run(args, ranks, folder, path)
+        if checkpoint:
+            run.resume(Path(checkpoint))
     except ModelError as error:
-        raise UserError(f"--image-encoder, --text-encoder: {error}") from None
-    if checkpoint:
-        run.resume(checkpoint)
+        raise UserError(f"--image-encoder, --text-encoder, --resume: {error}") from None
     if run.state.validated < run.total:
         on_rank_0(ranks, lambda: check_reading(run))
     return run
@@ -822,16 +773,18 @@ def prepare(args, ranks, folder):
 
 def start_run(run):
     """From the first line of the log to the last checkpoint."""
-    args, ranks, step = run.args, run.ranks, run.state.step
-    on_rank_0(ranks, run.start_record)
-    model = DistributedDataParallel(run.clip) if ranks.world > 1 else run.clip
-    batches = read_batches(run.studies, args, step, ranks.rank, ranks.world)
-    bar = tqdm(total=run.total, initial=step, desc=args.system, disable=ranks.rank > 0)
-    criterion = build_loss(args)
+    on_rank_0(run.ranks, run.start_record)
+    step = run.state.step
+    model = run.clip
+    if run.ranks.world > 1:
+        model = DistributedDataParallel(model)
+    criterion = build_loss(run.args)
+    batches = read_batches(run.studies, run.args, step, run.ranks.rank, run.ranks.world)
+    bar = tqdm(total=run.total, initial=step, desc=run.args.system, disable=run.ranks.rank > 0)
     with user_errors(), contextlib.closing(batches), bar:
         first = []
         if step == 0:
-            first = list(itertools.islice(batches, args.accumulate))
+            first = list(itertools.islice(batches, run.args.accumulate))
             look_ahead(run, criterion, first)
         train(run, model, criterion, itertools.chain(first, batches), bar)
     if run.saved_step != run.state.step:
@@ -839,7 +792,8 @@ def start_run(run):
 
 
 def main(argv=None):
-    args, began = parse_args(argv), time.perf_counter()
+    args = parse_args(argv)
+    began = time.perf_counter()
     ranks = start_ranks()
     try:
         with contextlib.ExitStack() as stack:
@@ -847,12 +801,9 @@ def main(argv=None):
             run = prepare(args, ranks, Path(folder))
             if not run.is_finished():
                 start_run(run)
-        state, finished = run.state, run.is_finished()
-        good = finished or state.validated < run.total
         if ranks.rank == 0:
             print(json.dumps({"run": folder, "system": args.system, "seed": args.seed,
-                              "finished": finished, "step": state.step, "skipped": state.skipped,
-                              "unreadable": state.unreadable, "best": state.best,
+                              "finished": run.is_finished(), **vars(run.state),
                               "seconds": round(time.perf_counter() - began)}))
             data = shlex.quote(run.studies.manifest.path)
             say(ranks, f"evaluate it   python evaluate.py {shlex.quote(folder)} --data {data}")
@@ -860,7 +811,7 @@ def main(argv=None):
             dist.barrier()  # who leaves early takes the others' connections along
     finally:
         leave_ranks()
-    if not good:
+    if run.state.validated >= run.total and not run.is_finished():
         sys.exit(1)
 
 

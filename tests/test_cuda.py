@@ -144,7 +144,7 @@ def test_a_warm_step_waits_for_the_device_only_to_read_its_numbers(phantom, prec
         out = train.plain_step(clip, loss, moved, autocast, (0, 0, 0))
         out["grad_norm"] = torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
         torch.cuda.set_sync_debug_mode("default")
-        values, _, _ = train.read_numbers(ranks, out, 0, 0)
+        values, _ = train.read_numbers(ranks, out, 0, 0)
         torch.cuda.set_sync_debug_mode(mode)
         optimizer.step()
         clip.clamp_temperature()

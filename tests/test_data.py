@@ -1135,7 +1135,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(phantom):
     batch = batches[0][0]
     assert batch["pixels"].shape == (32, 1, 48, 48) and batch["pixels"].dtype == torch.uint8
     assert (
-        batch["labels"].shape == batch["hard_labels"].shape == (32, 14) and len(batch["bad"]) == 0
+        batch["labels"].shape == batch["hard_labels"].shape == (32, 14) and batch["bad"] == 0
     )
     assert len(batch["graph"]["sizes"]) == len(batch["hard_graph"]["sizes"]) == 32
 
@@ -1212,7 +1212,7 @@ def test_bad_images_are_replaced_and_reported_by_index(tmp_path):
     ] + [{"split": "train"}] * 15
     studies = studies_of(manifest_of(tmp_path / "r", rows), negatives=False, graphs=False)
     batch = studies.collate([studies[(0, i)] for i in range(20)])
-    assert batch["pixels"].shape[0] == 20 and batch["bad"].tolist() == [0, 1, 2, 3, 4]
+    assert batch["pixels"].shape[0] == 20 and batch["bad"] == 5
     assert min(batch["index"]) >= 5 and batch["index"].tolist()[5:] == list(range(5, 20))
     again = studies.collate([studies[(0, i)] for i in range(20)])
     assert same(batch, again)

@@ -189,7 +189,6 @@ def test_weight_decay_spares_norms_biases_and_the_temperature(bert_folder):
     assert {"logit_scale", "logit_bias", "empty_node"} <= set(spared_names)
     assert not [n for n in decayed_names if "bias" in n or "norm" in n.lower()]
     assert [n for n in spared_names if "relative_position_bias_table" in n]
-    assert not [n for n in decayed_names + spared_names if "phrase_encoder" in n]
     trained = [n for n, p in clip.named_parameters() if p.requires_grad]
     assert sorted(decayed_names + spared_names) == sorted(trained)
 
@@ -380,13 +379,13 @@ def test_a_checkpoint_with_one_bit_wrong_gives_way_to_the_one_before(phantom, un
     run(phantom, out, "--max-steps", "6", "--checkpoint-every", "2")
     damaged, before = flip_a_bit(out / "last.pt"), (out / "previous.pt").read_bytes()
     run(phantom, out, "--max-steps", "16", "--resume", "latest")
-    assert re.search("last.pt: .*; using previous.pt", capsys.readouterr().err)
+    assert re.search("warning: passed over .*/last.pt: ", capsys.readouterr().err)
     assert same(weights(out), weights(uninterrupted / "1"))
     assert (out / "last.damaged.pt").read_bytes() == damaged
     assert before != (out / "previous.pt").read_bytes() != damaged
     flip_a_bit(out / "last.pt")
     flip_a_bit(out / "previous.pt")
-    with pytest.raises(UserError, match="an intact checkpoint .*; remove the folder to start"):
+    with pytest.raises(UserError, match="an intact checkpoint; remove the folder to start"):
         run(phantom, out, "--max-steps", "16", "--resume", "latest")
 
 
@@ -487,16 +486,6 @@ def test_resuming_with_other_data_is_refused(phantom, tmp_path, change):
     with pytest.raises(UserError, match="the same data: the training rows of .* are others now"):
         run(path, out, "--max-steps", "2", "--resume", "latest")
     assert not (out / "log.jsonl").read_text(encoding="utf-8").count("argv") > 1
-
-
-def test_a_damaged_log_is_named_with_its_line(phantom, tmp_path):
-    out = tmp_path / "run"
-    run(phantom, out, "--max-steps", "2")
-    lines = (out / "log.jsonl").read_text().splitlines()
-    for damage in ('{"step": 1, "lo', '{"step": "one"}'):
-        (out / "log.jsonl").write_text("\n".join([lines[0], damage, *lines[2:]]) + "\n")
-        with pytest.raises(UserError, match="log.jsonl:2: expected"):
-            run(phantom, out, "--max-steps", "3", "--resume", "latest")
 
 
 def test_records_after_the_checkpoint_leave_the_log(phantom, tmp_path):
@@ -674,7 +663,7 @@ def failing_rank(rank, error):
     with pytest.raises(SystemExit if rank else type(error)):
         train.on_rank_0(ranks, fail)
     assert time.time() - began < 30
-    assert train.all_ranks(ranks, rank) == [0, 1]
+    assert train.read_numbers(ranks, {}, rank, 1)[1] == [1, 2]
     train.leave_ranks()
     assert not gloo_threads()
 
@@ -684,12 +673,12 @@ def test_an_error_of_rank_0_ends_all_ranks_and_is_its_own(error):
     mp.spawn(failing_rank, (error,), nprocs=2)
 
 
-def test_ten_steps_of_bad_numbers_stop_the_run_and_name_step_term_and_rows(phantom, tmp_path,
-                                                                           monkeypatch):
+def test_ten_steps_of_bad_numbers_stop_the_run_and_name_step_and_term(phantom, tmp_path,
+                                                                      monkeypatch):
     monkeypatch.setattr(train, "Studies", OneBadRow)
     monkeypatch.setattr(OneBadRow, "bad_rows", range(10_000))
     with pytest.raises(UserError, match=r"step 10: 10 steps in a row without finite numbers, the "
-                                         r"last in loss, image_text.* of .*jsonl, lines \d+, "):
+                                         r"last in loss, image_text"):
         run(phantom, tmp_path / "run", "--epochs", "20")
 
 
@@ -724,16 +713,15 @@ def copy_phantom(phantom, folder):
     return path, [folder / r["image"] for r in records if r["split"] == "train"]
 
 
-def test_unreadable_images_are_replaced_and_reported_by_row(phantom, tmp_path, capsys):
+def test_unreadable_images_are_replaced_and_counted(phantom, tmp_path, capsys):
     path, images = copy_phantom(phantom, tmp_path / "data")
     images[3].write_bytes(images[3].read_bytes()[:100])
     images[5].unlink()
     run(path, tmp_path / "run")
-    err = capsys.readouterr().err
-    lines = [n for n, r in enumerate(path.read_text().splitlines(), 1)
-             if json.loads(r)["split"] == "train"]
-    assert ("2 unreadable images of this epoch were replaced: "
-            f"{path}, lines {lines[3]}, {lines[5]}\n") in err
+    said = capsys.readouterr()
+    assert ("warning: 2 unreadable images of this epoch were replaced; python data.py check "
+            f"{path} lists them\n") in said.err
+    assert json.loads(said.out.splitlines()[-1])["unreadable"] >= 2
 
 
 def test_an_unreadable_validation_image_stops_the_run_before_it_begins(phantom, tmp_path):
@@ -887,7 +875,7 @@ def test_an_existing_run_folder_is_never_overwritten(phantom, tmp_path):
     (["--train", "mute.jsonl", "--batch-size", "2", "--system", "clip-n"],
      "mute.jsonl: expected hard_negatives to train with"),
     (["--train", "raw.jsonl"], "raw.jsonl: expected at least --batch-size 128 rows of split train"),
-    (["--tau-text", "1"], "--tau-text: expected a number below 1, got 1"),
+    (["--tau-text", "1"], "--tau-text: expected a number of at least 0 and below 1, got 1"),
     (["--w-graph", "-1"], "--w-graph: expected a number of at least 0, got -1"),
     (["--system", "softclip", "--framework", "sigmoid"], "--framework sigmoid: has no softclip"),
     (["--system", "clip-x"], "invalid choice: 'clip-x'"),
