@@ -43,9 +43,8 @@ def commands():
 def test_assumptions_and_differences_are_the_same_in_code_and_readme():
     code = {(path.name, kind, text.strip()) for path in ROOT.glob("*.py")
             for kind, text in TAG.findall(path.read_text(encoding="utf-8"))}
-    table = {(file, *item.split(": ", 1))
-             for file, items in re.findall(r"^\| `(\w+.py)` \| ((?:ASSUM|DIFFERS).*) \|$", README, re.M)
-             for item in items.split("<br>")}
+    rows = re.findall(r"^\| `(\w+.py)` \| ((?:ASSUM|DIFFERS).*) \|$", README, re.M)
+    table = {(file, *item.split(": ", 1)) for file, items in rows for item in items.split("<br>")}
     assert len(code) > 20
     assert table == code
 
