@@ -68,6 +68,9 @@ class Unmeasurable(UserError):
 
 
 # ---------------------------------------------------------------- the six tasks: Bench -> result
+# A Bench is a model and the rows it is asked about: their images and reports, embedded once, their
+# classes and truth. Each task ends with bench.measure(table, statistics, cells={column of the
+# paper's table: our metric}, ...), which takes means and intervals.
 
 
 def zero_shot(bench):
@@ -134,7 +137,7 @@ def fine_tune(bench):
 
 
 def normal_case(bench):
-    """Tab. 3 NCD (Sec. 5.5): a normal image's own report must rank before N abnormal reports."""
+    """Tab. 3 NCD (Sec. 5.5): a normal image's own report must rank before all abnormal ones."""
     # ASSUMPTION: the normal report is the study's own, the abnormal ones all that there are.
     truth = bench.columns(["No Finding"])[:, 0]                                # (n,)
     rows = [i for i in np.flatnonzero(truth == 1) if bench.reports[i]]
@@ -850,7 +853,7 @@ def draw_soft_labels(bench):
         y = soft_labels(x @ x.T, thresholds[name])                             # (m, m)
         ax.imshow(y.sqrt().numpy(), "Greys")  # the root, so that small shares show
         ax.set(title=f"y_{name[0]}: {name}, tau {thresholds[name]}",
-               xlabel=f"{count} studies, then their hard negatives")
+               xlabel=f"{count} studies, then the hard negatives of those that have one")
     return figure
 
 

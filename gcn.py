@@ -11,7 +11,7 @@ Kipf & Welling (2017), which the paper's reference [37] uses as well. RadGraph's
 the node label alone ("pneumothorax" is the same phrase whether present or absent), so a caller
 appends the label's one-hot to each node's features.
 
-Symbols: V nodes of all graphs, G graphs, F input features, nnz entries of A + I that are not 0.
+Symbols: V nodes of all graphs, Q graphs, F input features, nnz entries of A + I that are not 0.
 
 SPDX-License-Identifier: MIT
 """
@@ -45,15 +45,15 @@ class GCN(nn.Module):
         """Encode a batch of graphs, outside autocast: all numbers in the weights' precision.
 
         x: (V, F) features of all graphs' nodes. a_hat: (V, V), from `sparse_a_hat`. graph_index:
-        (V,) int64, each node's graph. sizes: (G,) nodes of each graph, at least 1.
-        Returns (G, out_features). Torch raises RuntimeError for shapes that do not fit.
+        (V,) int64, each node's graph. sizes: (Q,) nodes of each graph, at least 1.
+        Returns (Q, out_features). Torch raises RuntimeError for shapes that do not fit.
         """
         with torch.autocast(x.device.type, enabled=False):
             w1, w2 = self.layer1.weight.T, self.layer2.weight.T
             h1 = torch.relu(SymmetricProduct.apply(a_hat, x @ w1) + self.layer1.bias)  # (V, hidden)
             h2 = SymmetricProduct.apply(a_hat, h1 @ w2) + self.layer2.bias         # (V, out)
-            total = h2.new_zeros(len(sizes), h2.shape[1]).index_add(0, graph_index, h2)  # (G, out)
-            return total / sizes[:, None]                                          # (G, out)
+            total = h2.new_zeros(len(sizes), h2.shape[1]).index_add(0, graph_index, h2)  # (Q, out)
+            return total / sizes[:, None]                                          # (Q, out)
 
 
 class SymmetricProduct(torch.autograd.Function):
@@ -86,7 +86,7 @@ def collate_graphs(records):
     Returns "phrases": the batch's distinct phrases, in lower case; "node": (V,) int64 index into
     them, -1 for the one empty node of a report without entities; "label": (V,) int64 index into
     NODE_LABELS, 0 for the empty node; "a_indices": (2, nnz) int64 and "a_values": (nnz,) float32
-    of A_hat; "graph_index": (V,) int64, each node's graph; "sizes": (G,) float32, nodes of each.
+    of A_hat; "graph_index": (V,) int64, each node's graph; "sizes": (Q,) float32, nodes of each.
     Raises GraphError.
     """
     phrase_index = {}
@@ -114,7 +114,7 @@ def collate_graphs(records):
         "a_indices": a_indices,
         "a_values": degree[a_indices].prod(0).rsqrt(),                             # (nnz,)
         "graph_index": torch.tensor(graph_index),                                  # (V,)
-        "sizes": torch.tensor(graph_index).bincount().float(),                     # (G,)
+        "sizes": torch.tensor(graph_index).bincount().float(),                     # (Q,)
     }
 
 

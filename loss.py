@@ -9,16 +9,17 @@
 The loss of one ordered pair of modalities is the KL divergence between soft labels, made from the
 similarities inside a modality, and the softmax of the similarities across modalities:
 
-    T = [T1; T2], C = [C1; C2], G = [G1; G2]      reports first, their hard negatives after them
-    p = softmax(v T^T / temperature)              Eq. 1, Eq. 2
+    v, T = [T1; T2], C = [C1; C2], G = [G1; G2]   images; reports, their hard negatives after them
+    p = softmax(v T^T / temperature)              Eq. 1; Eq. 2 is softmax(T1 v^T / temperature)
     S = T T^T                                     Eq. 3, Eq. 8
     y = (S - tau) / (1 - tau) where S > tau, 0 elsewhere            Eq. 4, Eq. 5, Eq. 9
     y_hat = y with rows that sum to 1
     L = mean over rows of KL(y_hat || p)          Eq. 6, Eq. 7
     total = sum over ordered pairs of w_T L_t + w_C L_c + w_G L_g   Eq. 10
 
-`_equations` is this list in code; the 18 KL terms of Eq. 10 one by one are `literal_loss` in
-tests/test_loss.py. SigmoidSoftContrastiveLoss puts the same soft labels into SigLIP's loss.
+`_equations` is this list in code, soft labels first. The 18 KL terms of Eq. 10 one by one, without
+any thought of speed, are `literal_loss` in tests/test_loss.py. SigmoidSoftContrastiveLoss puts the
+same soft labels into SigLIP's loss.
 
 Under torch.distributed every rank passes its own rows, in equal numbers. They are compared with the
 rows of all ranks, the columns, and the mean of gradients that DistributedDataParallel takes is the
@@ -76,7 +77,7 @@ class DynamicSoftContrastiveLoss(nn.Module):
     Raises ValueError for a setting out of range.
     """
 
-    # ASSUMPTION: thresholds and weights are unpublished; tests/study.py chose these.
+    # ASSUMPTION: thresholds and weights are unpublished; these do well in tests/STUDY.md.
     def __init__(self, w_text=1.0, w_clinical=1.0, w_graph=1.0,
                  tau_text=0.98, tau_clinical=0.5, tau_graph=0.98, soft=True, row_chunk=None):
         super().__init__()
@@ -114,13 +115,13 @@ class DynamicSoftContrastiveLoss(nn.Module):
     def _equations(self, rows, columns, scale):
         """Eq. 1-10 of this rank's rows against the columns of all ranks; each term is a mean."""
         x, X = _join(rows), _join(columns)             # v, T = [T1; T2], C = [C1; C2], G = [G1; G2]
-        B, N, M = len(x["image"]), len(X["image"]), len(X["text"])
-        diagonal = x["diagonal"]                                              # (R,)
+        B, N = len(x["image"]), len(X["image"])
+        diagonal = x["diagonal"]                       # (R,), of reports and of hard negatives
         streams = {k: name for k, name in STREAMS.items() if name in x}
         terms, positives = {}, {f"positives_{k}": torch.ones_like(scale) for k in streams}
         if self.soft:
-            # sum_k w_k y_hat_k and sum_k w_k H(y_hat_k), for N columns and for M.
-            targets, entropy = {N: 0, M: 0}, {N: 0, M: 0}
+            # sum_k w_k y_hat_k and sum_k w_k H(y_hat_k), of rows of M entries and of N entries.
+            y_M = y_N = H_M = H_N = 0
             for k, name in streams.items():
                 # ASSUMPTION: soft labels carry no gradient.
                 # ASSUMPTION: C is L2-normalised here; a report without labels is a zero row.
@@ -129,30 +130,34 @@ class DynamicSoftContrastiveLoss(nn.Module):
                 y_hat = self._soft_labels(S, k, diagonal, scale)              # (R, M)  Eq. 4, 5, 9
                 # ASSUMPTION: T1->I and G1->I take the top-left N x N of y, re-normalised.
                 square = F.normalize(y_hat[:B, :N], p=1)                      # (B, N)
-                for m, y in {N: square, M: y_hat}.items():
-                    H = _entropy(y).sum(1)                                    # (B,) or (R,)
-                    targets[m] += self.weights[k] * y
-                    entropy[m] += self.weights[k] * H
+                H = _entropy(y_hat)                                           # (R,)
+                w = self.weights[k]
+                y_M += w * y_hat
+                H_M += w * H
+                y_N += w * square
+                H_N += w * _entropy(square)
                 positives[f"positives_{k}"] = H.exp().mean()
         else:
             # ASSUMPTION: systems without D have one cross-entropy per ordered pair.
-            targets = {N: diagonal[:B], M: diagonal}  # one-hot rows, as class indices
-            entropy = {N: 0.0 * diagonal[:B], M: 0.0 * diagonal}
+            y_M = y_N = diagonal  # one-hot rows, as class indices
+            H_M = H_N = torch.zeros_like(diagonal, dtype=scale.dtype)
         for a, b in PAIRS:
             if b not in x:
                 continue
             # "we use T1 and G1 instead of T and G when compared with I" (Eq. 10).
             # ASSUMPTION: T1, G1 are rows against I; I->T and I->G keep the 2B columns of Eq. 1.
             # ASSUMPTION: T<->G compares all 2B rows; each KL is the mean over its rows.
+            # ASSUMPTION: one temperature serves all pairs.
             z_ab = scale * x[a] @ X[b].T                                      # (n, M)  Eq. 1
-            if B == N:  # all rows are here: the same products, seen from the other side
+            if B == N:  # one rank, no row_chunk: the same products, seen from the other side
                 z_ba = z_ab[:, :len(X[a])].T.contiguous()
             else:
                 z_ba = scale * x[b][:len(x[a])] @ X[a].T                      # (n, m)  Eq. 2
-            for pair, z in ((f"{a}_{b}", z_ab), (f"{b}_{a}", z_ba)):
-                # sum_k w_k KL(y_hat_k || p) = -sum_k w_k H(y_hat_k) - (sum_k w_k y_hat_k) log p
-                n, m = z.shape
-                terms[pair] = F.cross_entropy(z, targets[m][:n]) - entropy[m][:n].mean()  # Eq. 6, 7
+            terms[f"{a}_{b}"] = _kl(y_M, H_M, z_ab)                           # Eq. 6, Eq. 7
+            if a == "image":
+                terms[f"{b}_{a}"] = _kl(y_N, H_N, z_ba)
+            else:
+                terms[f"{b}_{a}"] = _kl(y_M, H_M, z_ba)
         return {"loss": sum(terms.values()), **terms, **positives}            # Eq. 10
 
     def _soft_labels(self, similarity, stream, diagonal, scale):
@@ -294,7 +299,7 @@ class SigmoidSoftContrastiveLoss(DynamicSoftContrastiveLoss):
             if not self.soft:
                 S.zero_()
             y = above_threshold(S, self.thresholds[k], x["diagonal"])         # (R, M)  Eq. 4, 5, 9
-            H = (_entropy(y) + _entropy(1 - y)).sum(1)                        # (R,)
+            H = _entropy(y) + _entropy(1 - y)                                 # (R,)
             mixed += w * y
             entropy += w * H
             W += w
@@ -312,12 +317,18 @@ def _unit(x):
 
 
 def _entropy(y):
-    """-y log y, 0 at 0, in a third of the time of torch.special.entr on the CPU."""
-    return -y.clamp(min=1e-30).log_().mul_(y)
+    """H of each row: sum of -y log y, 0 at 0; a third of torch.special.entr's time on the CPU."""
+    return -y.clamp(min=1e-30).log_().mul_(y).sum(1)
+
+
+def _kl(y, H, z):
+    """sum_k w_k KL(y_hat_k || softmax(z)), a mean over rows, of y = sum_k w_k y_hat_k and its H."""
+    n = len(z)
+    return F.cross_entropy(z, y[:n]) - H[:n].mean()
 
 
 def _join(rows):
-    """v, T = [T1; T2], C = [C1; C2], G = [G1; G2] of Sec. 4.2-4.3, by their names."""
+    """v, T = [T1; T2], C = [C1; C2], G = [G1; G2] and their diagonal, by their names."""
     joined = dict(rows)
     for name in rows:
         if f"hard_{name}" in rows:

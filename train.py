@@ -1,7 +1,7 @@
-"""Train the systems of Tab. 2 (Sec. 5.2, 5.5): `torchrun train.py`, native DistributedDataParallel.
+r"""Train the systems of Tab. 2 (Sec. 5.2, 5.5): `torchrun train.py`, DistributedDataParallel.
 
     torchrun train.py                                           the whole method on the phantom
-    torchrun --nproc-per-node 8 train.py --train mimic_neg.jsonl \\
+    torchrun --nproc-per-node 8 train.py --train mimic_neg.jsonl \
         --image-encoder swin_t.pth --text-encoder emilyalsentzer/Bio_ClinicalBERT --image-size 224
 
 In this order: the systems, one step, the loop; the run folder; data; ranks, seeds, signals; flags.
@@ -90,7 +90,7 @@ FREE_ON_RESUME = {"out", "resume", "train", "val", "image_root", "workers", "max
 def build_loss(args):
     """The loss of --system and --framework; a stream that the system lacks has weight 0."""
     _, _, streams = SYSTEMS[args.system]
-    if streams == "softclip":
+    if streams == "softclip":  # a word, not letters
         return SoftCLIPLoss(row_chunk=args.row_chunk)
     kind = DynamicSoftContrastiveLoss
     if args.framework == "sigmoid":
@@ -101,9 +101,9 @@ def build_loss(args):
                 row_chunk=args.row_chunk)
 
 
-def embed(model, batch, autocast, seed):
+def embed(model, batch, autocast, place, micro):
     """Fig. 3's encoders: unit rows (B, D) by name, and the scalars logit_scale, logit_bias."""
-    seed_step(*seed)
+    seed_step(*place, micro)
     with autocast:
         return model(batch)
 
@@ -120,17 +120,20 @@ def labels_of(batches):
     return {name: torch.cat([batch[name] for batch in batches]) for name in names}
 
 
-def plain_step(model, criterion, batch, autocast, seed):
-    """One batch forward and backward: leaves gradients, returns the loss's dict."""
-    losses = criterion(**embed(model, batch, autocast, (*seed, 0)), **labels_of([batch]))
+def plain_step(model, criterion, batch, autocast, place):
+    """One batch forward and backward: leaves gradients, returns the loss's dict.
+
+    place: (seed, step, rank), of which all that is random is a function.
+    """
+    losses = criterion(**embed(model, batch, autocast, place, 0), **labels_of([batch]))
     losses["loss"].backward()
     return losses
 
 
 @torch.no_grad()
-def embed_all(model, batches, autocast, seed):
+def embed_all(model, batches, autocast, place):
     """The same of all micro-batches together, without a graph."""
-    embedded = [embed(model, batch, autocast, (*seed, micro))
+    embedded = [embed(model, batch, autocast, place, micro)
                 for micro, batch in enumerate(batches)]
     whole = {}
     for name, x in embedded[0].items():
@@ -140,7 +143,7 @@ def embed_all(model, batches, autocast, seed):
     return whole
 
 
-def cached_step(model, criterion, batches, autocast, seed):
+def cached_step(model, criterion, batches, autocast, place):
     """The same gradients from micro-batches, with the memory of one: gradient caching.
 
     Embed all without a graph; take the loss of all rows together, and its gradient with respect
@@ -148,7 +151,7 @@ def cached_step(model, criterion, batches, autocast, seed):
     of that gradient through the encoders. So every negative of the batch is kept.
     """
     count = len(batches)
-    whole = embed_all(model, batches, autocast, seed)
+    whole = embed_all(model, batches, autocast, place)
     for x in whole.values():
         x.requires_grad_()
     losses = criterion(**whole, **labels_of(batches))
@@ -158,7 +161,7 @@ def cached_step(model, criterion, batches, autocast, seed):
         if micro < count - 1 and isinstance(model, DistributedDataParallel):
             exchange = model.no_sync()  # ranks exchange gradients with the last one
         with exchange:
-            again = embed(model, batch, autocast, (*seed, micro))
+            again = embed(model, batch, autocast, place, micro)
             shares = []
             for name, x in again.items():
                 gradient = whole[name].grad
@@ -212,11 +215,11 @@ def train(run, model, criterion, batches, bar):
             group["lr"] = lr
         # forward + loss + backward
         run.optimizer.zero_grad()
-        seed = (args.seed, state.step, run.ranks.rank)
+        place = (args.seed, state.step, run.ranks.rank)
         if args.accumulate == 1:
-            losses = plain_step(model, criterion, micro[0], autocast, seed)
+            losses = plain_step(model, criterion, micro[0], autocast, place)
         else:
-            losses = cached_step(model, criterion, micro, autocast, seed)
+            losses = cached_step(model, criterion, micro, autocast, place)
         losses["grad_norm"] = torch.nn.utils.clip_grad_norm_(run.clip.parameters(), args.clip)
         losses["logit_scale"] = run.clip.logit_scale.detach()
         if args.framework == "sigmoid":

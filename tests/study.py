@@ -122,7 +122,7 @@ PLAN = (
 SWEEPS = {
     "phantom-sweep": {
         "flags": (),
-        "base": {"tau-text": 0.98, "tau-clinical": 0.9, "tau-graph": 0.98,
+        "base": {"tau-text": 0.98, "tau-clinical": 0.5, "tau-graph": 0.98,
                  "w-text": 1.0, "w-clinical": 1.0, "w-graph": 1.0},
         "values": {"tau-text": (0.5, 0.8, 0.9, 0.95, 0.98), "tau-clinical": (0.3, 0.5, 0.7, 0.9),
                    "tau-graph": (0.5, 0.9, 0.98), "w-text": (0.5, 1.0, 2.0),
