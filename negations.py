@@ -31,7 +31,9 @@ from typing import NamedTuple
 from data import (
     CONDITIONS,
     UserError,
+    check_fields,
     expect,
+    merge_graphs,
     minimum,
     open_atomic,
     open_file,
@@ -418,9 +420,7 @@ def _with_no_finding(labels):
 @cached
 def mentions(sentence):
     """All findings of a sentence by position, as a tuple of `Mention`."""
-    lower = sentence.lower()
-    if len(lower) > len(sentence):  # some capitals become two letters
-        lower = "".join(letter.lower()[0] for letter in sentence)
+    lower = sentence.replace("\u0130", "I").lower()  # the one capital that becomes two letters
     cues = [(match.lastgroup, *match.span()) for match in _cues().finditer(lower)]
     mentioned = []
     for condition in FINDINGS:
@@ -575,7 +575,6 @@ def _grouped(groups):
 
 # ---------------------------------------------------------------- graphs (Sec. 4.3)
 
-MAX_ENTITIES = 2000  # of a RadGraph record; a long report has some hundred
 _TOKEN = re.compile(r"\d+\.\d+|[\w'/-]+|[^\w\s]")
 _LABEL = {PRESENT: "OBS-DP", DENIED: "OBS-DA", UNCERTAIN: "OBS-U"}
 
@@ -680,7 +679,9 @@ def negated_graph(graph, condition):
     kept = {}
     for key, e in entities.items():
         if key not in gone:
-            kept[key] = e | {"relations": [r for r in e["relations"] if r[1] not in gone]}
+            relations = [[name, target] for name, target in e.get("relations", [])
+                         if target not in gone]
+            kept[key] = e | {"relations": relations}
     noun = _phrases(NOUNS[condition])[0]
     xl = any("::" in e["label"] for e in entities.values())
     first = text.count(" ") + 2 if text else 1
@@ -713,7 +714,7 @@ def _left_alone(entities, gone):
     """The entities that go, and the places and modifiers that stood there for these alone."""
     supporters = {key: set() for key in entities}
     for key, e in entities.items():
-        for name, target in e["relations"]:
+        for name, target in e.get("relations", []):
             if name == "modify":
                 supporters[key].add(target)
             elif name == "located_at":
@@ -726,36 +727,13 @@ def _left_alone(entities, gone):
         gone = gone | alone
 
 
-def check_graph(where, graph):
+def bare_graph(where, graph):
     """A RadGraph record, also out of {"0": record}; UserError if it lacks what an edit needs.
 
     An entity is named by its place: its key and its words may be the patient's.
     """
-    if isinstance(graph, dict) and "entities" not in graph and len(graph) == 1:
-        graph = next(iter(graph.values()))
-    match graph:
-        case {"text": str(text), "entities": dict(entities)}:
-            pass
-        case _:
-            raise UserError(f"{where}: expected graph as RadGraph's record with text and entities")
-    expect(len(entities) <= MAX_ENTITIES, where, f"at most {MAX_ENTITIES:,} entities in a graph")
-    for place, entity in enumerate(entities.values(), 1):
-        match entity:
-            case {"tokens": str(), "label": str(), "start_ix": int(first), "end_ix": int(last),
-                  "relations": list(relations)} if 0 <= first <= last <= len(text):
-                whole = all(_is_relation(pair, entities) for pair in relations)
-            case _:
-                whole = False
-        expect(whole, where, "graph as RadGraph's record, its entity "
-               f"{place} with tokens, label, start_ix, end_ix and relations")
-    return graph
-
-
-def _is_relation(pair, entities):
-    match pair:
-        case [str(), str(target)]:
-            return target in entities
-    return False
+    merge_graphs(where, [graph])  # for its checks alone: it gives the entities other keys
+    return graph.get("0", graph)
 
 
 # ASSUMPTION: a RadGraph file describes the uncleaned report; its graph serves the cleaned one.
@@ -781,7 +759,7 @@ def find_graph(graphs, where, record, number):
     keys = [key for key in keys if key in graphs]
     if not keys:
         return None
-    graph = check_graph(f"{where}: RadGraph's record {keys[0]}", graphs[keys[0]])
+    graph = bare_graph(f"{where}: RadGraph's record {keys[0]}", graphs[keys[0]])
     if keys[0] == str(number - 1):
         words = _letters(graph["text"])
         common = words & _letters(original_report(record))
@@ -831,8 +809,8 @@ class CheXbert:
     def __call__(self, texts):
         import torch
         tokens = self.tokenizer(
-            [" ".join(text.split()) for text in texts], padding=True, truncation=True,
-            max_length=min(512, self.config.max_position_embeddings), return_tensors="pt")
+            texts, padding=True, truncation=True,
+            max_length=self.config.max_position_embeddings, return_tensors="pt")
         with torch.inference_mode():
             cls = self.net["bert"](**tokens.to(self.device)).last_hidden_state[:, 0]  # (B, D)
             classes = [head(cls).argmax(1).tolist() for head in self.net["linear_heads"]]
@@ -847,35 +825,29 @@ def _load_weights(checkpoint):
     with open_file(checkpoint) as file:
         try:
             saved = torch.load(file, map_location="cpu", weights_only=True)
-            state = {str(name): tensor for name, tensor in saved["model_state_dict"].items()}
+            return {name.removeprefix("module."): tensor
+                    for name, tensor in saved["model_state_dict"].items()
+                    if not name.endswith(".position_ids")}
         except Exception as error:  # a file that is none can raise anything
             raise UserError(f"{checkpoint}: expected CheXbert's weights, plain tensors "
                             f"({type(error).__name__})") from None
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()
-            if not name.endswith(".position_ids")}
 
 
 def local_model(name):
     """generate(prompt) -> the answer of an instruct model (folder or hub id) run here, greedy."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import pipeline
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+        chat = pipeline("text-generation", name, dtype="auto")
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--llm {name}: expected a folder or hub id of a causal language model "
                         f"({reason})") from None
-    expect(tokenizer.chat_template, f"--llm {name}", "an instruct model, with a chat template")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    expect(chat.tokenizer.chat_template, f"--llm {name}", "an instruct model, with a chat template")
 
     def generate(prompt):
-        tokens = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True,
-            return_tensors="pt").to(model.device)
-        with torch.inference_mode():
-            ids = model.generate(**tokens, do_sample=False, max_new_tokens=400)
-        return tokenizer.decode(ids[0, tokens["input_ids"].shape[1]:], skip_special_tokens=True)
+        messages = [{"role": "user", "content": prompt}]
+        [answer] = chat(messages, do_sample=False, max_new_tokens=400, return_full_text=False)
+        return answer["generated_text"]
     return generate
 
 
@@ -930,19 +902,17 @@ def read_jobs(manifest, labeler, graphs):
     """
     for number, record in read_jsonl(manifest):
         where, labels = f"{manifest}:{number}", None
-        expect(isinstance(record.get("id"), str) and isinstance(record.get("report"), str), where,
-               "the strings id and report")
-        expect(isinstance(record.get("original_report", ""), str), where, "original_report as text")
+        if record.get("graph", {}) is None:
+            del record["graph"]
+        check_fields(where, record, {"id", "report"})
         if record["id"].startswith("cxr-align/"):
             raise UserError(f"{where}: CXR-Align's own r^r and r^n would be overwritten; "
                             "evaluate.py takes the file as it is")
-        if record.get("graph") not in (None, {}):
-            record["graph"] = check_graph(where, record["graph"])
+        if record.get("graph"):
+            record["graph"] = bare_graph(where, record["graph"])
         if labeler == "given":
-            labels = record.get("labels")
-            expect(isinstance(labels, dict) and labels.keys() <= set(CONDITIONS)
-                   and all(value in (1, 0, -1) for value in labels.values()), where,
-                   "labels of 1, 0 or -1 by name, for --labeler given")
+            expect("labels" in record, where, "labels, for --labeler given")
+            labels = record["labels"]
         yield record, graphs and find_graph(graphs, where, record, number), labels
 
 

@@ -418,7 +418,7 @@ def test_radgraph_files_are_matched_by_study_or_by_line(tmp_path, capsys, key):
     missing = found.count(False)
     assert f"graphs: not in the file, made by rule{missing:25d}" in capsys.readouterr().out
     graphs.write_text('{"p10/p10000001/s51234567.txt": {"text": 5, "entities": {}}}')
-    with pytest.raises(UserError, match="in.jsonl:2: RadGraph's record 51234567: expected graph"):
+    with pytest.raises(UserError, match="in.jsonl:2: RadGraph's record 51234567: expected an"):
         N.main([str(source), "--out", str(tmp_path / "x.jsonl"), *options])
     for text in ("[]", "{}", "{"):
         graphs.write_text(text)
@@ -443,16 +443,17 @@ NODE = XL["entities"]["2"]
 
 
 @pytest.mark.parametrize(("graph", "expected"), [
-    ({"0": []}, "graph as"), ({"0": {"0": XL}}, "graph as"), ([], "graph as"), ("", "graph as"),
-    (False, "graph as"), ({"text": "a", "entities": []}, "graph as"),
-    (XL | {"entities": {"SECRET": NODE | {"relations": [["modify", "SECRET2"]]}}}, "entity 1 with"),
-    (XL | {"entities": {"SECRET": NODE | {"relations": [["SECRET", ["1"]]]}}}, "entity 1 with"),
-    (XL | {"entities": {"SECRET": NODE | {"relations": "SECRET"}}}, "entity 1 with"),
-    (XL | {"entities": {"1": NODE, "SECRET": NODE | {"label": ["SECRET"]}}}, "entity 2 with"),
-    (XL | {"entities": {"1": NODE, "SECRET": NODE | {"end_ix": 10**12}}}, "entity 2 with"),
-    (XL | {"entities": {"1": NODE, "SECRET": NODE | {"start_ix": -1}}}, "entity 2 with"),
-    (XL | {"entities": {"SECRET": "SECRET"}}, "entity 1 with"),
-    (XL | {"entities": {f"SECRET{i}": NODE for i in range(8000)}}, "at most 2,000 entities"),
+    ({"0": []}, "a RadGraph record"), ({"0": {"0": XL}}, "a RadGraph record"), ([], "graph as"),
+    ("", "graph as"), (False, "graph as"), ({"text": "a", "entities": []}, "a RadGraph record"),
+    ({"entities": {}}, "text as"), ({"text": 5, "entities": {}}, "text as"),
+    (XL | {"entities": {"SECRET": NODE | {"relations": [["modify", "SECRET2"]]}}}, "entity 1: exp"),
+    (XL | {"entities": {"SECRET": NODE | {"relations": [["SECRET", ["1"]]]}}}, "entity 1: exp"),
+    (XL | {"entities": {"SECRET": NODE | {"relations": "SECRET"}}}, "entity 1: exp"),
+    (XL | {"entities": {"1": NODE, "SECRET": NODE | {"label": ["SECRET"]}}}, "entity 2: exp"),
+    (XL | {"entities": {"1": NODE, "SECRET": NODE | {"end_ix": 10**12}}}, "start_ix and"),
+    (XL | {"entities": {"1": NODE, "SECRET": NODE | {"start_ix": -1}}}, "start_ix and"),
+    (XL | {"entities": {"SECRET": "SECRET"}}, "entity 1: exp"),
+    (XL | {"entities": {f"SECRET{i}": NODE for i in range(8000)}}, "at most 2000 entities"),
 ])
 def test_a_graph_that_is_no_record_is_an_error_of_its_line(tmp_path, graph, expected):
     records = [{"id": "0", "report": "Effusion.", "graph": XL},
@@ -561,13 +562,15 @@ def test_workers_leave_with_a_killed_parent(tmp_path):
 def test_mistakes_name_file_and_line_and_show_no_report(tmp_path):
     good = json.dumps({"id": "1", "report": "SECRET effusion."})
     for bad, expected in [("{SECRET", "JSON object"), ('["SECRET"]', "JSON object"),
-                          ('{"id": 5, "report": "SECRET"}', "strings id and report"),
-                          ('{"id": "1"}', "strings id and report"),
-                          ('{"id": "1", "report": "SECRET", "graph": [1]}', "graph as RadGraph's"),
+                          ('{"id": 5, "report": "SECRET"}', "id as str"),
+                          ('{"id": "1"}', "an object with id, report"),
+                          ('{"id": "1", "report": ["SECRET"]}', "report as str"),
+                          ('{"id": "1", "report": "SECRET", "graph": [1]}', "graph as dict"),
                           ('{"id": "1", "report": "SECRET", "graph": {"text": "a", "entities": {'
                            '"1": {"tokens": "a", "label": "OBS-DP", "start_ix": null, "end_ix": 0, '
-                           '"relations": []}}}}', "graph as RadGraph's"),
-                          ('{"id": "1", "report": "SECRET", "original_report": null}', "as text")]:
+                           '"relations": []}}}}', "start_ix and end_ix"),
+                          ('{"id": "1", "report": "SECRET", "original_report": null}',
+                           "original_report as str")]:
         source = tmp_path / "in.jsonl"
         source.write_text(f"{good}\n\n{bad}\n")
         done = run(source, "--out", tmp_path / "out.jsonl", "--workers", 2)
@@ -599,9 +602,11 @@ def test_labels_of_the_manifest_can_be_given(tmp_path, capsys):
     assert record["labels"] == {C: 1, PN: 1}
     assert [(n["condition"], n["labels"]) for n in record["hard_negatives"]] == [(C, {C: 0, PN: 1})]
     assert "skipped: positive condition not found in the text      " in capsys.readouterr().out
-    write(source, [{"id": "1", "report": "Cardiomegaly.", "labels": {"Heart": 1}}])
-    with pytest.raises(ValueError, match="in.jsonl:1: expected labels of 1, 0 or -1 by name"):
-        N.main([str(source), "--out", str(out), "--labeler", "given", "--workers", "1"])
+    for labels, expected in [({"labels": {"Heart": 1}}, "conditions out of CheXpert's 14"),
+                             ({"labels": {C: 2}}, "labels out of"), ({}, "labels, for --labeler")]:
+        write(source, [{"id": "1", "report": "Cardiomegaly."} | labels])
+        with pytest.raises(ValueError, match=f"in.jsonl:1: expected {expected}"):
+            N.main([str(source), "--out", str(out), "--labeler", "given", "--workers", "1"])
 
 
 # ---- models
