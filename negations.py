@@ -189,12 +189,13 @@ _CONJUNCTION = re.compile(
 _COMMA = re.compile(r"[,;]\s+")
 _LEAD = re.compile(r"^(?:(?:and|but|or|which|is|are|of|although|though|while|however|otherwise|"
                    r"aside from|apart from|except for|other than|(?:compatible|consistent) with)"
-                   r"\b\W*|\W+)+(?=\S)", re.I)
+                   r"\b[\s,;:./-]*|[\s,;:./-]+)+(?=\S)", re.I)  # not "<" of "<1 cm", nor "("
 _BARE = re.compile(r"\W*\w+(?:ed|ous|ic|ent|ive)\W*(?:$|(?:and|or|but)\b)", re.I)  # no noun
 _PLACE_LIST = re.compile(  # "heart size and mediastinal contours are normal"
     r"^(?P<lead>(?:the |both |normal |unremarkable )*)"
     r"(?P<places>[\w\s,/-]+?,? and (?:the )?[\w\s-]+?)"
-    r"(?P<tail>(?:\s(?:are|is|appears?|remains?|within|grossly|normal|unremarkable|clear)\b[^,;]*)?)$",
+    r"(?P<tail>(?:\s(?:are|is|appears?|remains?|within|grossly|normal|unremarkable|clear)\b"
+    r"[^,;]*)?)$",
     re.I)
 _ADJECTIVE = re.compile(r"(?i)(?:cardiac|[a-z]*mediastinal|hilar|pulmonary|pleural|osseous|bony)$")
 _VERB = re.compile(r"\b(?:is|are|there|no|without|with|of)\b")
@@ -742,8 +743,8 @@ def find_graph(graphs, where, record, number):
         words, known = (set(re.findall("[a-z0-9]+", text.lower()))
                         for text in (graph["text"], original_report(record)))
         expect(2 * len(words & known) >= len(words), where,
-               f"the report of RadGraph's record {keys[0]}; "
-               "a line is missing from one of the files, or their order differs")
+               f"the report of RadGraph's record {keys[0]}; a line is missing from one of the "
+               "files, or their order differs")
     return graph
 
 
@@ -1049,7 +1050,8 @@ LISTS = {
         reduction|reductions""",
     # words of a finding's noun phrase, and of graphs
     "place": """
-        left|right|bilateral|bilaterally|both|left-sided|right-sided|bibasilar|biapical|basilar|basal|apical|lower|upper|middle|mid|midlung|lingular|
+        left|right|bilateral|bilaterally|both|left-sided|right-sided|
+        bibasilar|biapical|basilar|basal|apical|lower|upper|middle|mid|midlung|lingular|
         retrocardiac|perihilar|hilar|peripheral|central|medial|lateral|anterior|posterior|
         thoracic|lumbar|cervical|subclavian|jugular|cardiac|mediastinal|pleural|pulmonary|lung|
         lungs|lobe|lobes|base|bases|apex|apices|hilum|hila|heart|silhouette|silhouettes|
