@@ -22,7 +22,6 @@ import json
 import os
 import random
 import re
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,9 @@ from typing import NamedTuple
 from data import (
     CONDITIONS,
     UserError,
+    check_fields,
     expect,
+    merge_graphs,
     minimum,
     open_atomic,
     open_file,
@@ -49,11 +50,11 @@ NOTHING_LEFT = "Frontal chest radiograph."
 cached = functools.lru_cache(1 << 15)  # the same sentences come again and again
 
 
-def annotate(record, *, seed=0, label=None, graph=None, edit=None):
+def annotate(record, *, seed=0, labels=None, graph=None, edit=None):
     """Fig. 2 for one record of a manifest; pure, deterministic in (seed, record["id"]).
 
-    record: dict with id and report. label: function of the cleaned text; None is `label_report`.
-    graph: r's RadGraph record; else the record's own, else by rule. edit: an `Editor`; None leaves
+    record: dict with id and report. labels: the cleaned report's; None is `label_report`. graph:
+    r's RadGraph record; else the record's own, else by rule. edit: an `Editor`; None leaves
     editing to the rules.
     Returns the record with report (cleaned), original_report, labels, graph and hard_negatives: one
     per positive condition that the rules find in the text, CXR-Align's choice first (Sec. 3).
@@ -63,9 +64,11 @@ def annotate(record, *, seed=0, label=None, graph=None, edit=None):
     # (i) one clinical entity a sentence, without comparison to earlier examinations
     sentences = clean(record, edit)
     report = " ".join(sentences)
-    labels = label(report) if label else label_report(report)
+    if labels is None:
+        labels = label_report(report)
     graph = graph or brought_graph(record) or rule_graph(sentences)
 
+    # ASSUMPTION: r^n's labels and graph are r's, edited for the one condition, whoever made them.
     # each positive entity, in random order: the paper takes one of them, training draws one anew
     negatives, conditions = [], positives(labels)
     for condition in rng.sample(conditions, len(conditions)):
@@ -82,7 +85,7 @@ def annotate(record, *, seed=0, label=None, graph=None, edit=None):
             "omitted": " ".join(rest) or NOTHING_LEFT,
             "report": negated,
             "position": position,
-            "labels": negated_labels(labels, condition),
+            "labels": with_no_finding(labels | {condition: DENIED}),
             "graph": negated_graph(graph, condition),
         })
     return record | {"report": report, "original_report": original_report(record),
@@ -135,14 +138,14 @@ def omit_from(sentences, condition):
 @cached
 def _omit(sentence, condition):
     """What remains without the condition: other findings of the sentence become noun phrases."""
-    mentioned = mentions(sentence)
-    if all(m.condition != condition for m in mentioned):
+    said = _said([sentence])
+    if condition not in said:
         return (sentence,)
     kept = []
-    for other, value in _said([sentence]).items():
+    for other, value in said.items():
         if other == condition or (other == OTHER and value == DENIED):
             continue
-        phrases = [_noun_phrase(sentence, m) for m in mentioned if m.condition == other]
+        phrases = [_noun_phrase(sentence, m) for m in mentions(sentence) if m.condition == other]
         for phrase in [*phrases, *_phrases(NOUNS.get(other, ""))]:
             piece = _state(value, phrase)
             says = _said([piece])  # the first that says the one thing without the other
@@ -171,13 +174,6 @@ def _draw(items, rng):
     return items[int(rng.random() * len(items))]
 
 
-# ASSUMPTION: r^n's labels and graph are r's, edited for the one condition, whoever made them.
-def negated_labels(labels, condition):
-    """r's labels with the condition at 0, and No Finding anew."""
-    others = {c: v for c, v in labels.items() if c != "No Finding"}
-    return _with_no_finding(others | {condition: DENIED})
-
-
 # ---------------------------------------------------------------- splitting, clean-up (Fig. 2, i)
 # An edit of a sentence is kept only if its labels stay the same, so that splitting and clean-up
 # cannot change what a report says.
@@ -191,15 +187,17 @@ _CONJUNCTION = re.compile(
     r"(?<!compatible)(?<!consistent)(?<!keeping)(?<!associated),?\s+(?:(?=without\b)|"
     r"(?:and/or|and|or|nor|versus|vs\.?|with|but|however|although|while|as well as)\b,?\s+)")
 _COMMA = re.compile(r"[,;]\s+")
-_LEAD = re.compile(r"^(?:and|but|although|though|while|however|aside from|apart from|except for|"
-                   r"other than|(?:compatible|consistent) with)\b,?\s*", re.I)
+_LEAD = re.compile(r"^(?:(?:and|but|or|which|is|are|of|although|though|while|however|otherwise|"
+                   r"aside from|apart from|except for|other than|(?:compatible|consistent) with)"
+                   r"\b[\s,;:./-]*|[\s,;:./-]+)+(?=\S)", re.I)  # not "<" of "<1 cm", nor "("
 _BARE = re.compile(r"\W*\w+(?:ed|ous|ic|ent|ive)\W*(?:$|(?:and|or|but)\b)", re.I)  # no noun
 _PLACE_LIST = re.compile(  # "heart size and mediastinal contours are normal"
     r"^(?P<lead>(?:the |both |normal |unremarkable )*)"
     r"(?P<places>[\w\s,/-]+?,? and (?:the )?[\w\s-]+?)"
-    r"(?P<tail>\s(?:are|is|appears?|remains?|within|grossly|normal|unremarkable|clear)\b[^,;]*)?$",
+    r"(?P<tail>(?:\s(?:are|is|appears?|remains?|within|grossly|normal|unremarkable|clear)\b"
+    r"[^,;]*)?)$",
     re.I)
-_ADJECTIVE = re.compile(r"(?:cardiac|[a-z]*mediastinal|hilar|pulmonary|pleural|osseous|bony)$")
+_ADJECTIVE = re.compile(r"(?i)(?:cardiac|[a-z]*mediastinal|hilar|pulmonary|pleural|osseous|bony)$")
 _VERB = re.compile(r"\b(?:is|are|there|no|without|with|of)\b")
 
 
@@ -258,15 +256,15 @@ def _cut_places(sentence):
     match = _PLACE_LIST.match(sentence.strip(" ."))
     if not match or not (match["tail"] or re.search("normal|unremark", match["lead"], re.I)):
         return []
-    places = re.split(r",\s*(?:and\s+)?|\s+and\s+", match["places"].strip())
+    places = re.split(r",[,\s]*(?:and\s+)?|\s+and\s+", match["places"].strip())
     if any(len(place.split()) > 4 or _VERB.search(place) for place in places):
         return []
     noun = places[-1].split()[-1]
-    tail = match["tail"] or ""
+    tail = match["tail"]
     pieces = []
-    for place in filter(None, places):
+    for place in places:
         place = match["lead"] + place.removeprefix("the ")
-        if _ADJECTIVE.search(place.lower()):
+        if _ADJECTIVE.search(place):
             place += f" {noun}"
         plural = re.search("[^su]s$", place)
         verb = tail if plural else tail.replace(" are", " is").replace(" appear ", " appears ")
@@ -276,19 +274,17 @@ def _cut_places(sentence):
 
 def _cut_findings(sentence):
     """A sentence for each of the findings between which a conjunction or a comma stands."""
-    spans, begin = [], 0
+    pieces, begin = [], 0
     for before, after in itertools.pairwise(mentions(sentence)):
-        for cut in (_CONJUNCTION, _COMMA):
-            gap = cut.search(sentence, before.end, after.start + 1)
-            if not gap or gap.start() <= begin or gap.end() > after.start:
-                continue
-            bare = _BARE.fullmatch(sentence, begin, gap.start()) or _BARE.match(sentence, gap.end())
-            if not bare:
-                spans.append((begin, gap.start()))
-                begin = gap.end()
-            break
-    spans.append((begin, len(sentence)))
-    return [_piece(sentence, start, end) for start, end in spans]
+        between = (sentence, before.end, after.start + 1)
+        gap = _CONJUNCTION.search(*between) or _COMMA.search(*between)
+        if not gap or gap.start() <= begin or gap.end() > after.start:
+            continue
+        bare = _BARE.fullmatch(sentence, begin, gap.start()) or _BARE.match(sentence, gap.end())
+        if not bare:
+            pieces.append(_piece(sentence, begin, gap.start()))
+            begin = gap.end()
+    return [*pieces, _piece(sentence, begin, len(sentence))]
 
 
 def _piece(sentence, start, end):
@@ -309,8 +305,6 @@ _REPAIRS = tuple((re.compile(pattern), replacement) for pattern, replacement in 
     (r"(?i)\b(?:is|are)(?: and\b|(?= but| bilaterally))", " "),
     (r"\b([Aa])(?= (?!one)[aeio])", r"\1n"),
     (r"\b([Aa])n(?= [b-df-gj-np-tv-z])", r"\1")))
-_HEAD = re.compile(r"^(?:(?:and|but|or|which|is|are|of|however|otherwise)\b\W*|\W+)+(?=\S)",
-                   re.I)
 _REST = re.compile(r"(?:\b(?:is|are|has|have|been|appears?|there|to|be|and|but|with|of|in|or|also|"
                    r"which)\b\W*)+$|\s+(?:(?:is|are|has|have) ?)?(?=[,.;])|,\s*(?=[,.;]|$)", re.I)
 
@@ -332,14 +326,12 @@ def _cut_time(sentence):
         text = " ".join(_state(m.value, _noun_phrase(text, m)) for m in mentioned)
     for phrases, replacement in TIME.items():
         text = matcher(phrases).sub(replacement, text)
+    vague = "empty"
     if text != sentence:
-        text = _repair(text)
-    words = [word for word in _WORD.findall(text) if not _is("empty", word)]
-    if text != sentence:
-        words = [word for word in words if not _is("place", word)]
-    if not mentioned and not words:
+        text, vague = _repair(text), "leftover"
+    if not mentioned and all(_is(vague, word) for word in _WORD.findall(text)):
         return ""
-    return text if text.endswith(".") else text + "."
+    return _finish(text)
 
 
 def _repair(text):
@@ -347,7 +339,7 @@ def _repair(text):
     for pattern, replacement in _REPAIRS:
         text = pattern.sub(replacement, " ".join(text.split()))
     trimmed = (_REST.sub("", piece.strip(" ,;.")) for piece in _sentences(text))
-    return " ".join(_finish(_HEAD.sub("", piece)) for piece in trimmed)
+    return " ".join(_finish(_LEAD.sub("", piece)) for piece in trimmed)
 
 
 _ITS_NOUN = re.compile(r"(?<=ed|us|ic|nt|ve)(?: and \w+)?(?: (?!with|and|or|in|of|is|are)[\w-]+)"
@@ -357,14 +349,11 @@ _ITS_NOUN = re.compile(r"(?<=ed|us|ic|nt|ve)(?: and \w+)?(?: (?!with|and|or|in|o
 def _noun_phrase(sentence, mention):
     """The finding with the side, grade and place words around it: "small left effusion"."""
     start, end = mention.start, mention.end
-    for word in reversed(list(_WORD.finditer(sentence, 0, start))):
-        modifies = _is("place", word[0]) or _is("grade", word[0])
-        if not modifies or sentence[word.end():start].strip():
-            break
-        start = word.start()
-    tails = [matcher("<located>").match(sentence, end + 1)]
-    if mention.condition == OTHER:
-        tails.append(_ITS_NOUN.match(sentence, end))
+    near = max(0, start - 100)  # seven words; a sentence may be a whole report
+    before = matcher("<place>|<grade> [<place>|<grade>]+ .").search(sentence, near, start)
+    if before:
+        start = before.start()
+    tails = matcher("<located>").match(sentence, end + 1), _ITS_NOUN.match(sentence, end)
     return sentence[start:max([end, *(tail.end() for tail in tails if tail)])]
 
 
@@ -373,10 +362,10 @@ def _noun_phrase(sentence, mention):
 
 class Mention(NamedTuple):
     """A finding in a sentence."""
-    condition: str  # one of the 13, or OTHER
-    value: int      # PRESENT, DENIED or UNCERTAIN
     start: int      # its first character
     end: int        # the first one behind it
+    condition: str  # one of the 13, or OTHER
+    value: int      # PRESENT, DENIED or UNCERTAIN
 
 
 def label_report(text):
@@ -389,7 +378,7 @@ def label_report(text):
     """
     # DIFFERS from Sec. 4.2: labels come from rules, unless --labeler chexbert or given.
     sentences = _sentences(text)
-    return _with_no_finding(_said(sentences)) if sentences else {}
+    return with_no_finding(_said(sentences)) if sentences else {}
 
 
 def positives(labels):
@@ -407,10 +396,10 @@ def _said(sentences):
     return labels
 
 
-def _with_no_finding(labels):
+def with_no_finding(labels):
     """Labels in CheXbert's order; No Finding is 1 if nothing but devices and denials is there."""
-    ordered = {c: labels[c] for c in CONDITIONS if c in labels}
-    if not any(value for c, value in labels.items() if c != "Support Devices"):
+    ordered = {c: labels[c] for c in CONDITIONS[:-1] if c in labels}
+    if not any(labels[c] for c in labels.keys() - {"Support Devices", "No Finding"}):
         ordered["No Finding"] = PRESENT
     return ordered
 
@@ -418,9 +407,7 @@ def _with_no_finding(labels):
 @cached
 def mentions(sentence):
     """All findings of a sentence by position, as a tuple of `Mention`."""
-    lower = sentence.lower()
-    if len(lower) > len(sentence):  # some capitals become two letters
-        lower = "".join(letter.lower()[0] for letter in sentence)
+    lower = sentence.replace("\u0130", "I").lower()  # the one capital that becomes two letters
     cues = [(match.lastgroup, *match.span()) for match in _cues().finditer(lower)]
     mentioned = []
     for condition in FINDINGS:
@@ -431,8 +418,8 @@ def mentions(sentence):
                 value = _by_cues(cues, start, end)
             known = condition == OTHER and any(m.start < end and start < m.end for m in mentioned)
             if value is not None and not known:
-                mentioned.append(Mention(condition, value, start, end))
-    mentioned.sort(key=lambda m: (m.start, m.end))
+                mentioned.append(Mention(start, end, condition, value))
+    mentioned.sort()
     if any(kind == "still" for kind, *_ in cues):  # "no change in A or B" has both
         return tuple(mentioned)
     return _unsure_between(mentioned, lower)
@@ -500,7 +487,7 @@ def _expression(phrase, blank=""):
             blank = "[,:]?[ -]" if item[0] == "," else "[ -]"
             pattern += rf"(?:{blank}(?!{_list('stop')}(?!\w)){_ANY_WORD}){{0,9}}?"
         elif item == ".":
-            pattern += r"(?=\W{0,9}$)"
+            pattern += r"(?=[^\w,]{0,9}$)"
         elif item[0] == "!" and not blank:
             pattern += "".join(rf"(?<!{word} )" for word in item[1:].split("|"))
         elif item[0] == "!":
@@ -543,7 +530,7 @@ def _list(name):
 @cached
 def _is(name, word):
     """Whether a word is in the list of this name."""
-    return bool(re.fullmatch(_list(name), word.lower()))
+    return bool(matcher(f"<{name}>").fullmatch(word))
 
 
 @functools.cache
@@ -575,7 +562,6 @@ def _grouped(groups):
 
 # ---------------------------------------------------------------- graphs (Sec. 4.3)
 
-MAX_ENTITIES = 2000  # of a RadGraph record; a long report has some hundred
 _TOKEN = re.compile(r"\d+\.\d+|[\w'/-]+|[^\w\s]")
 _LABEL = {PRESENT: "OBS-DP", DENIED: "OBS-DA", UNCERTAIN: "OBS-U"}
 
@@ -613,14 +599,8 @@ def _sentence_graph(sentence):
     """The tokens of a sentence and its nodes, related to each other."""
     tokens, nodes = _nodes(sentence)
     findings = [i for i, node in enumerate(nodes) if node.kind == "finding"]
-    places = [i for i, node in enumerate(nodes) if node.kind == "place"]
-    sites = list(places)  # where something can be
-    for i, (place, behind) in enumerate(itertools.pairwise(nodes)):
-        both = place.kind == behind.kind == "place"
-        if both and behind.first == place.last + 1:  # in "left lower lobe" each modifies the next
-            place.relations.append(("modify", i + 1))
-            sites.remove(i)
-    leads = [i for i, token in enumerate(tokens) if _is("leads to", token)]
+    sites = [i for i, node in enumerate(nodes) if node.kind == "place" and not node.relations]
+    leads = [i for i, token in enumerate(tokens) if _is("suggests", token)]
     effects = [i for i in findings if leads and nodes[i].first > leads[0]]
     for i, node in enumerate(nodes):
         heads = findings or sites
@@ -649,10 +629,12 @@ def _nodes(sentence):
         kind, value = _role(match[0], mention)
         if nodes and nodes[-1].last == i - 1:
             last = nodes[-1]
-            same = kind == "finding" and (last.value, last.mention) == (value, mention)
-            if match[0] in ("cm", "mm") or (same and last.kind == kind):
+            same = (last.kind, last.value, last.mention) == ("finding", value, mention)
+            if match[0] in ("cm", "mm") or (same and kind == "finding"):
                 last.last = i
                 continue
+            if last.kind == kind == "place":  # in "left lower lobe" each modifies the next
+                last.relations.append(("modify", len(nodes)))
         if kind:
             nodes.append(Node(kind, value, mention, i, i, []))
     return tokens, nodes
@@ -673,14 +655,16 @@ def _role(word, mention):
 def negated_graph(graph, condition):
     """r^n's record: r's without the condition's entities, plus one absent observation of it."""
     text, entities = graph["text"], graph["entities"]
-    spans = _spans_about(text, condition)
-    gone = {key for key, e in entities.items() if not _is_anatomy(e)
-            and any(first <= e["end_ix"] and e["start_ix"] <= last for first, last in spans)}
+    about = _words_about(text, condition)
+    gone = {key for key, e in entities.items() if not e["label"].upper().startswith("ANAT")
+            and any(e["start_ix"] <= place <= e["end_ix"] for place in about)}
     gone = _left_alone(entities, gone)
     kept = {}
     for key, e in entities.items():
         if key not in gone:
-            kept[key] = e | {"relations": [r for r in e["relations"] if r[1] not in gone]}
+            relations = [[name, target] for name, target in e.get("relations", [])
+                         if target not in gone]
+            kept[key] = e | {"relations": relations}
     noun = _phrases(NOUNS[condition])[0]
     xl = any("::" in e["label"] for e in entities.values())
     first = text.count(" ") + 2 if text else 1
@@ -693,27 +677,23 @@ def negated_graph(graph, condition):
     return graph | {"text": f"{text} no {noun} .".strip(), "entities": kept}
 
 
-def _is_anatomy(entity):
-    return entity["label"].upper().startswith("ANAT")
-
-
-def _spans_about(text, condition):
-    """(first, last) token of each mention of the condition in a RadGraph record's text."""
-    spans, start = [], 0
+def _words_about(text, condition):
+    """The places of the words that mention the condition, in a RadGraph record's text."""
+    about, first = set(), 0
     for sentence in re.split(r"(?<= [.;]) ", text):
         for m in mentions(sentence):
             if m.condition == condition:
-                first = text.count(" ", 0, start + m.start)
-                spans.append((first, first + sentence.count(" ", m.start, m.end)))
-        start += len(sentence) + 1
-    return spans
+                begin = first + sentence.count(" ", 0, m.start)
+                about.update(range(begin, begin + sentence.count(" ", m.start, m.end) + 1))
+        first += sentence.count(" ") + 1
+    return about
 
 
 def _left_alone(entities, gone):
     """The entities that go, and the places and modifiers that stood there for these alone."""
     supporters = {key: set() for key in entities}
     for key, e in entities.items():
-        for name, target in e["relations"]:
+        for name, target in e.get("relations", []):
             if name == "modify":
                 supporters[key].add(target)
             elif name == "located_at":
@@ -726,36 +706,13 @@ def _left_alone(entities, gone):
         gone = gone | alone
 
 
-def check_graph(where, graph):
+def bare_graph(where, graph):
     """A RadGraph record, also out of {"0": record}; UserError if it lacks what an edit needs.
 
     An entity is named by its place: its key and its words may be the patient's.
     """
-    if isinstance(graph, dict) and "entities" not in graph and len(graph) == 1:
-        graph = next(iter(graph.values()))
-    match graph:
-        case {"text": str(text), "entities": dict(entities)}:
-            pass
-        case _:
-            raise UserError(f"{where}: expected graph as RadGraph's record with text and entities")
-    expect(len(entities) <= MAX_ENTITIES, where, f"at most {MAX_ENTITIES:,} entities in a graph")
-    for place, entity in enumerate(entities.values(), 1):
-        match entity:
-            case {"tokens": str(), "label": str(), "start_ix": int(first), "end_ix": int(last),
-                  "relations": list(relations)} if 0 <= first <= last <= len(text):
-                whole = all(_is_relation(pair, entities) for pair in relations)
-            case _:
-                whole = False
-        expect(whole, where, "graph as RadGraph's record, its entity "
-               f"{place} with tokens, label, start_ix, end_ix and relations")
-    return graph
-
-
-def _is_relation(pair, entities):
-    match pair:
-        case [str(), str(target)]:
-            return target in entities
-    return False
+    merge_graphs(where, [graph])  # for its checks alone: it gives the entities other keys
+    return graph.get("0", graph)
 
 
 # ASSUMPTION: a RadGraph file describes the uncleaned report; its graph serves the cleaned one.
@@ -764,8 +721,8 @@ _STUDY = re.compile(r"(?<!\w)s?(\d{8})(?!\w)")
 
 def read_graphs(path):
     """RadGraph's JSON file as {study, in PhysioNet's, or line, in the package's: record}."""
-    records = read_json(path)
-    expect(records and isinstance(records, dict), f"{path}:1", "RadGraph's object of records")
+    records = read_json(path, dict)
+    expect(records, path, "RadGraph's object of records")
     graphs = {}
     for name, graph in records.items():
         study = _STUDY.search(name)
@@ -781,17 +738,14 @@ def find_graph(graphs, where, record, number):
     keys = [key for key in keys if key in graphs]
     if not keys:
         return None
-    graph = check_graph(f"{where}: RadGraph's record {keys[0]}", graphs[keys[0]])
+    graph = bare_graph(f"{where}: RadGraph's record {keys[0]}", graphs[keys[0]])
     if keys[0] == str(number - 1):
-        words = _letters(graph["text"])
-        common = words & _letters(original_report(record))
-        expect(2 * len(common) >= len(words), where, f"the report of RadGraph's record {keys[0]}; "
-               "a line is missing from one of the files, or their order differs")
+        words, known = (set(re.findall("[a-z0-9]+", text.lower()))
+                        for text in (graph["text"], original_report(record)))
+        expect(2 * len(words & known) >= len(words), where,
+               f"the report of RadGraph's record {keys[0]}; a line is missing from one of the "
+               "files, or their order differs")
     return graph
-
-
-def _letters(text):
-    return set(re.findall("[a-z0-9]+", text.lower()))
 
 
 # ---------------------------------------------------------------- models that you may have
@@ -807,75 +761,60 @@ class CheXbert:
     Called with a batch of texts, it returns their labels.
     """
 
-    def __init__(self, checkpoint, sizes=None):
+    def __init__(self, checkpoint, **sizes):
         import torch
         from transformers import BertConfig, BertModel, BertTokenizer
-        self.config = BertConfig(**(sizes or {}))  # its defaults are BERT-base's
+        self.config = BertConfig(**sizes)  # its defaults are BERT-base's
         width = self.config.hidden_size
         self.net = torch.nn.ModuleDict({
             "bert": BertModel(self.config),
             "linear_heads": torch.nn.ModuleList(torch.nn.Linear(width, n) for n in [4] * 13 + [2])})
-        try:
-            self.net.load_state_dict(_load_weights(checkpoint))
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{checkpoint}: expected CheXbert's weights ({reason})") from None
+        with open_file(checkpoint) as file:
+            try:
+                saved = torch.load(file, map_location="cpu", weights_only=True)
+                self.net.load_state_dict({
+                    name.removeprefix("module."): tensor
+                    for name, tensor in saved["model_state_dict"].items()
+                    if not name.endswith(".position_ids")})
+            except Exception as error:  # a file that is none can raise anything
+                raise UserError(f"{checkpoint}: expected CheXbert's weights, plain tensors "
+                                f"({type(error).__name__})") from None
         words = Path(checkpoint).resolve().parent / "vocab.txt"
         with open_file(words):
             self.tokenizer = BertTokenizer.from_pretrained(words.parent, do_lower_case=True)
         expect(len(self.tokenizer) == self.config.vocab_size, words,
                f"bert-base-uncased's {self.config.vocab_size} words")
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.net.eval().to(self.device)
+        self.net.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def __call__(self, texts):
         import torch
         tokens = self.tokenizer(
-            [" ".join(text.split()) for text in texts], padding=True, truncation=True,
-            max_length=min(512, self.config.max_position_embeddings), return_tensors="pt")
+            texts, padding=True, truncation=True,
+            max_length=self.config.max_position_embeddings, return_tensors="pt")
+        bert = self.net["bert"]
         with torch.inference_mode():
-            cls = self.net["bert"](**tokens.to(self.device)).last_hidden_state[:, 0]  # (B, D)
+            cls = bert(**tokens.to(bert.device)).last_hidden_state[:, 0]  # (B, D)
             classes = [head(cls).argmax(1).tolist() for head in self.net["linear_heads"]]
         meaning = {1: PRESENT, 2: DENIED, 3: UNCERTAIN}  # 0: not mentioned
         return [{c: meaning[k] for c, k in zip(CONDITIONS, row, strict=True) if k}
                 for row in zip(*classes, strict=True)]
 
 
-def _load_weights(checkpoint):
-    """The tensors of a checkpoint of CheXbert's authors, by the names that they have here."""
-    import torch
-    with open_file(checkpoint) as file:
-        try:
-            saved = torch.load(file, map_location="cpu", weights_only=True)
-            state = {str(name): tensor for name, tensor in saved["model_state_dict"].items()}
-        except Exception as error:  # a file that is none can raise anything
-            raise UserError(f"{checkpoint}: expected CheXbert's weights, plain tensors "
-                            f"({type(error).__name__})") from None
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()
-            if not name.endswith(".position_ids")}
-
-
 def local_model(name):
     """generate(prompt) -> the answer of an instruct model (folder or hub id) run here, greedy."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import pipeline
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+        chat = pipeline("text-generation", name, dtype="auto")
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = str(error).partition("\n")[0]
         raise UserError(f"--llm {name}: expected a folder or hub id of a causal language model "
                         f"({reason})") from None
-    expect(tokenizer.chat_template, f"--llm {name}", "an instruct model, with a chat template")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    expect(chat.tokenizer.chat_template, f"--llm {name}", "an instruct model, with a chat template")
 
     def generate(prompt):
-        tokens = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True,
-            return_tensors="pt").to(model.device)
-        with torch.inference_mode():
-            ids = model.generate(**tokens, do_sample=False, max_new_tokens=400)
-        return tokenizer.decode(ids[0, tokens["input_ids"].shape[1]:], skip_special_tokens=True)
+        messages = [{"role": "user", "content": prompt}]
+        [answer] = chat(messages, do_sample=False, max_new_tokens=400, return_full_text=False)
+        return answer["generated_text"]
     return generate
 
 
@@ -930,19 +869,17 @@ def read_jobs(manifest, labeler, graphs):
     """
     for number, record in read_jsonl(manifest):
         where, labels = f"{manifest}:{number}", None
-        expect(isinstance(record.get("id"), str) and isinstance(record.get("report"), str), where,
-               "the strings id and report")
-        expect(isinstance(record.get("original_report", ""), str), where, "original_report as text")
+        if record.get("graph", {}) is None:
+            del record["graph"]
+        check_fields(where, record, {"id", "report"})
         if record["id"].startswith("cxr-align/"):
             raise UserError(f"{where}: CXR-Align's own r^r and r^n would be overwritten; "
                             "evaluate.py takes the file as it is")
-        if record.get("graph") not in (None, {}):
-            record["graph"] = check_graph(where, record["graph"])
+        if record.get("graph"):
+            record["graph"] = bare_graph(where, record["graph"])
         if labeler == "given":
-            labels = record.get("labels")
-            expect(isinstance(labels, dict) and labels.keys() <= set(CONDITIONS)
-                   and all(value in (1, 0, -1) for value in labels.values()), where,
-                   "labels of 1, 0 or -1 by name, for --labeler given")
+            expect("labels" in record, where, "labels, for --labeler given")
+            labels = record["labels"]
         yield record, graphs and find_graph(graphs, where, record, number), labels
 
 
@@ -957,8 +894,7 @@ def label_jobs(jobs, labeler, size=32):
 def annotate_job(job, seed, edit=None):
     """A job as the line to write, in bytes, and what is to be counted of it."""
     record, graph, labels = job
-    label = None if labels is None else lambda text: labels
-    record = annotate(record, seed=seed, label=label, graph=graph, edit=edit)
+    record = annotate(record, seed=seed, labels=labels, graph=graph, edit=edit)
     line = json.dumps(record, ensure_ascii=False) + "\n"
     counts = Counter(f"positive: {condition}" for condition in positives(record["labels"]))
     skipped = counts.total() - len(record["hard_negatives"])
@@ -1036,7 +972,6 @@ def main(argv=None):
     if args.chexbert:
         jobs = label_jobs(jobs, CheXbert(args.chexbert))
     workers = 1 if args.llm or args.chexbert else args.workers
-    began = time.time()
     with output as file:
         work = functools.partial(annotate_job, seed=args.seed, edit=editor)
         lines = parallel(work, jobs, workers)
@@ -1047,7 +982,6 @@ def main(argv=None):
         counts.update(editor.counts)
     for name, number in sorted(counts.items()):
         print(f"{name:52s}{number:10,d}")
-    print(f"{'studies per second':52s}{counts['studies'] / (time.time() - began):10,.0f}")
 
 
 # ---------------------------------------------------------------- tables, in words
@@ -1115,10 +1049,9 @@ LISTS = {
         increase|increases|decrease|decreases|worsening|improvement|improvements|progression|
         reduction|reductions""",
     # words of a finding's noun phrase, and of graphs
-    "side": """
-        left|right|bilateral|bilaterally|both|left-sided|right-sided""",
     "place": """
-        <side>|bibasilar|biapical|basilar|basal|apical|lower|upper|middle|mid|midlung|lingular|
+        left|right|bilateral|bilaterally|both|left-sided|right-sided|
+        bibasilar|biapical|basilar|basal|apical|lower|upper|middle|mid|midlung|lingular|
         retrocardiac|perihilar|hilar|peripheral|central|medial|lateral|anterior|posterior|
         thoracic|lumbar|cervical|subclavian|jugular|cardiac|mediastinal|pleural|pulmonary|lung|
         lungs|lobe|lobes|base|bases|apex|apices|hilum|hila|heart|silhouette|silhouettes|
@@ -1141,11 +1074,12 @@ LISTS = {
         normal|clear|unremarkable|intact|midline|expanded|inflated|aerated""",
     "located": "in|of|at|within|involving|overlying [the] [_] [_] [_] <place>",
     # no nodes of a graph, even within a finding
-    "leads to": "suggest*|represent*|consistent|compatible|reflect*|concern*|due",
+    "suggests": "suggest*|represent*|consistent|compatible|reflect*|concern*|due",
     "function": """
         the|a|an|is|are|was|were|of|in|at|to|with|and|or|not|within|no|size|top|upper|high|
         limit|limits|range""",
-    # words that say nothing: a sentence of these alone goes
+    # words that say nothing: a sentence of these alone goes, one that lost a comparison sooner
+    "leftover": "<empty>|<place>",
     "empty": """
         #|*-xxxx|__*|the|a|an|is|are|was|of|in|there|chest|exam|examination|study|studies|
         appearance|finding|findings|xxxx|this|these|it|and|or|with|to|no|not|has|have|been|from|by|
