@@ -679,7 +679,7 @@ def build_cxr_align(official, args):
                                                          "omitted", "negation")
             condition = CLASS_NAMES.get(chosen.lower())
             expect(condition, where, "chosen out of CheXpert's conditions")
-            image = official.image(f"images/{name}.jpg")
+            image = official.image(f"images/{name}.jpg")  # found by its name wherever it lies
             patient = re.search(r"/p(\d{8})/", image)  # in MIMIC-CXR-JPG's folders
             negative = {"condition": condition, "omitted": omitted, "report": negation,
                         "position": entry.get("location")}
@@ -916,7 +916,7 @@ def pixels(image, size, rng=None):
 
 def crop_borders(image):
     """Cuts black padding away: rows and columns in which hardly any pixel is not black."""
-    # DIFFERS from App. B.1: only with cache --crop-borders, and by brightness, not by contours.
+    # ASSUMPTION: App. B.1's preprocessing cannot be had; black borders are cut only on request.
     bright = np.asarray(image) > 10
     rows = np.flatnonzero(bright.mean(1) > 0.02)
     columns = np.flatnonzero(bright.mean(0) > 0.02)
@@ -1476,7 +1476,8 @@ NORMALS = {  # Tab. 1
     "No evidence of pneumonia.": 1014,
     "No evidence of acute cardiopulmonary process.": 1255,
 }
-DUPLICATE = "No active lung lesion."  # Tab. 3: the one sentence of all added normal studies
+# DIFFERS from Sec. 5.5: a hospital's 130,000 normal studies become drawn ones, --duplicates.
+DUPLICATE = "No active lung lesion."  # Tab. 3: their one sentence
 SIDES = {"right": -1, "left": 1}  # the patient's: the sign of x
 ZONES = {"upper": -0.38, "mid": -0.02, "lower": 0.30}  # of a lung: y
 DRAWINGS = {

@@ -371,7 +371,7 @@ POSITIVE = ("{}.", "There is {}.", "{} is seen.")
 NEGATIVE = ("No {}.", "There is no {}.", "No {} is seen.")
 NORMAL = ["No acute cardiopulmonary process.", "No acute intrathoracic process.",
           "No acute cardiopulmonary abnormality."]  # as many as NEGATIVE has: of the same weight
-NOUNS = {  # a class that is not here is called by its name
+PROMPT_NOUNS = {  # a class that is not here is called by its name
     "Enlarged Cardiomediastinum": "mediastinal widening",
     "Lung Lesion": "lung nodule",
     "Edema": "pulmonary edema",
@@ -397,7 +397,7 @@ def prompts(name, single=False):
             present += positive
             absent += negative
         return absent, present
-    noun = NOUNS.get(name, name.lower().replace("_", " "))
+    noun = PROMPT_NOUNS.get(name, name.lower().replace("_", " "))
     positive = [template.format(noun).capitalize() for template in POSITIVE]
     negative = [template.format(noun) for template in NEGATIVE]
     if single:

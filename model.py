@@ -123,6 +123,7 @@ class ClinicalCLIP(nn.Module):
         x = torch.cat([self.phrase_table[row[node]], one_hot[graph["label"]]], dim=1)  # (V, H+4)
         x = torch.where(node[:, None] < 0, self.empty_node, x)                # (V, H+4)
         g = self.gcn(x, sparse_a_hat(graph), graph["graph_index"], graph["sizes"])  # (B, hidden)
+        # ASSUMPTION: graph embeddings are normalised like those of images and texts.
         return F.normalize(self.graph_projection(g).float(), dim=-1)
 
     def forward(self, batch):
