@@ -528,8 +528,9 @@ def merge_graphs(where, records):
     words = []
     entities = {}
     for k, record in enumerate(records):
+        if isinstance(record, dict):
+            record = record.get("0", record)
         check_graph(where, record)
-        record = record.get("0", record)
         [text] = texts_of(where, record, "text")
         text = text.split(" ")
         for key, entity in record.get("entities", {}).items():
