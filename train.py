@@ -202,7 +202,6 @@ def train(run, model, criterion, batches, bar):
     autocast = torch.autocast(run.ranks.device.type, torch.bfloat16,
                               enabled=args.precision == "bf16")
     signals = listen()
-    unreadable = 0  # images of this epoch, of all ranks
     if run.epoch_is_over() and state.validated < state.step:
         run.validate()
     while state.step < run.total:
@@ -237,14 +236,13 @@ def train(run, model, criterion, batches, bar):
         bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
         bar.update()
         # unreadable images
-        unreadable += bad
-        if unreadable > MAX_BAD * len(run.studies):
-            refuse(run.ranks, f"{unreadable:.0f} images of an epoch could not be read, more than "
+        state.unreadable += int(bad)
+        if state.unreadable > MAX_BAD * max(len(run.studies), state.step * args.batch_size):
+            refuse(run.ranks, f"{state.unreadable} images could not be read, more than "
                    f"{MAX_BAD:.0%}; python data.py check {run.studies.manifest.path} lists them")
         # checkpoint
         if run.epoch_is_over():
-            warn(run, values, unreadable)
-            unreadable = 0
+            warn(run, values)
             run.validate()
         elif stop or state.step % args.checkpoint_every == 0:
             run.save()
@@ -282,11 +280,10 @@ def update(run, values):
                f"numbers, the last in {', '.join(bad)}")
 
 
-def warn(run, values, unreadable):
+def warn(run, values):
     """At the end of an epoch: replaced images, and soft labels that teach nothing."""
-    if unreadable:
-        run.state.unreadable += int(unreadable)
-        say(run.ranks, f"warning: {unreadable:.0f} unreadable images of this epoch were replaced; "
+    if run.state.unreadable:
+        say(run.ranks, f"warning: {run.state.unreadable} unreadable images were replaced so far; "
             f"python data.py check {run.studies.manifest.path} lists them")
     for name in ("text", "graph"):
         value = values.get(f"positives_{name}", 0.0)

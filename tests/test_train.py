@@ -719,7 +719,7 @@ def test_unreadable_images_are_replaced_and_counted(phantom, tmp_path, capsys):
     images[5].unlink()
     run(path, tmp_path / "run")
     said = capsys.readouterr()
-    assert ("warning: 2 unreadable images of this epoch were replaced; python data.py check "
+    assert ("warning: 2 unreadable images were replaced so far; python data.py check "
             f"{path} lists them\n") in said.err
     assert json.loads(said.out.splitlines()[-1])["unreadable"] >= 2
 
@@ -739,7 +739,7 @@ def test_too_many_unreadable_images_stop_the_run(phantom, tmp_path):
     path, images = copy_phantom(phantom, tmp_path / "data")
     for image in images[::4]:
         image.write_bytes(b"")
-    with pytest.raises(UserError, match="images of an epoch could not be read, more than 5%"):
+    with pytest.raises(UserError, match="images could not be read, more than 5%"):
         run(path, tmp_path / "run")
 
 
