@@ -557,7 +557,7 @@ def _cues():
 def _grouped(groups):
     """Phrases as one expression, with a named group for each kind of them."""
     named = [f"(?P<{name}>{_either(groups[name])}(?!\\w))" for name in groups if groups[name]]
-    return re.compile(rf"\b(?:{'|'.join(named)})")
+    return re.compile(rf"\b(?:{'|'.join(named)})", re.IGNORECASE)
 
 
 # ---------------------------------------------------------------- graphs (Sec. 4.3)
@@ -1001,7 +1001,15 @@ def main(argv=None):
 #   .           the sentence ends here; , and : mean themselves
 #
 # "<heart> ... enlarged" fits "the cardiac silhouette is mildly enlarged". A new phrase goes into
-# its row; FINDINGS and NOUNS have one row for each of CONDITIONS besides No Finding.
+# its row; try it by
+#
+#   python -c "from negations import label_report; print(label_report('Mild cardiomegaly.'))"
+#
+# A new condition needs its name in data.py's CONDITIONS, before Support Devices, which with No
+# Finding stays last; a row in FINDINGS, above OTHER, and one in NOUNS; rows in data.py's PHRASES
+# and DRAWINGS for the phantom; one in evaluate.py's PROMPT_NOUNS if its name is no good prompt.
+# Tables of official labels, and CheXbert, know their 14 alone. To score it only, nothing is needed
+# but "targets" in the manifest.
 
 LISTS = {
     "heart": """

@@ -1249,10 +1249,12 @@ def test_check_finds_what_is_wrong_and_prints_no_report_of_one(tmp_path, capsys)
     assert end.value.code == 1 and "Miller" not in said.out + said.err
     for line in (3, 4, 5, 6, 7, 8, 9, 10):
         assert f"m.jsonl:{line}: " in said.err, line
-    assert (
-        "1 patients are in two splits" in said.err and "1 lines repeat an id" in said.err
-    )
-    main(["check", str(manifest_of(tmp_path, [{"report": "No change.", "patient": 7}] * 3))])
+    assert "1 patients are in two splits" in said.err and "1 lines repeat an id" in said.err
+    assert "lines repeat an image" in said.err  # one that was taken for another of its name
+    rows = [{"report": "No change.", "patient": 7, "image": f"{k}.png"} for k in range(3)]
+    for row in rows:
+        write(tmp_path / row["image"], None)
+    main(["check", str(manifest_of(tmp_path, rows))])
     assert "3 x No change." in capsys.readouterr().out
 
 

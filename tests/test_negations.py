@@ -118,6 +118,10 @@ def test_the_rules_read_a_sentence_as_a_radiologist_would(report, labels):
     assert N.label_report(report) == {c: v for c, v in want.items() if v is not None}
 
 
+def test_phrases_of_the_tables_may_have_capitals():
+    assert N._grouped({"present": N._phrases("widened VPW;")}).search("a widened vpw")
+
+
 @pytest.mark.parametrize(("phrase", "texts", "others"), [
     ("effusion*", ["effusion", "effusions"], ["an effusio", "peffusion"]),
     ("*carcinoma", ["carcinoma", "adenocarcinoma"], ["carcinomas"]),
@@ -611,7 +615,7 @@ def test_labels_of_the_manifest_can_be_given(tmp_path, capsys):
     assert record["labels"] == {C: 1, PN: 1}
     assert [(n["condition"], n["labels"]) for n in record["hard_negatives"]] == [(C, {C: 0, PN: 1})]
     assert "skipped: positive condition not found in the text      " in capsys.readouterr().out
-    for labels, expected in [({"labels": {"Heart": 1}}, "conditions out of CheXpert's 14"),
+    for labels, expected in [({"labels": {"Heart": 1}}, "conditions among Enlarged"),
                              ({"labels": {C: 2}}, "labels out of"), ({}, "labels, for --labeler")]:
         write(source, [{"id": "1", "report": "Cardiomegaly."} | labels])
         with pytest.raises(ValueError, match=f"in.jsonl:1: expected {expected}"):
