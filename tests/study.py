@@ -9,7 +9,7 @@
 
 Everything is done by the command lines of the scripts. A run has its folder in runs/study/, what is
 known of it lies in runs/study/results/, and what is there is not done again: to start anew, delete
-it. All systems take the same steps and are judged by their last weights, so that none is stopped at
+it. To add seeds to those of tests/study.json on another machine, use --missing. All systems take the same steps and are judged by their last weights, so that none is stopped at
 a luckier one. In this order: claims, what counts as a difference, the page, its record, runs, data;
 last the paper's numbers and the page's prose.
 
@@ -917,6 +917,7 @@ def parse_args(argv=None):
         help="whose runs; the sweeps choose thresholds and weights on validation rows")
     add("--seeds", type=minimum(1), help="seeds of every row on both sets; none: 6 on the phantom, "
         "3 on OpenI, 3 and 2 under sigmoid")
+    add("--missing", action="store_true", help="only runs that tests/study.json has no results of")
     add("--openi", metavar="FOLDER", help="OpenI's download; needed the first time")
     add("--split", choices=("val", "test"), default="val", help="rows to evaluate")
     add("--prompts", metavar="FILE.json", help="evaluate with these prompts, beside the default's")
@@ -933,6 +934,9 @@ def main(argv=None):
     args = parse_args(argv)
     STUDY.mkdir(parents=True, exist_ok=True)
     runs = planned_runs(args.sets, args.seeds)
+    if args.missing:
+        known = read_json(RECORD)["runs"]
+        runs = [run for run in runs if run.name not in known]
     if args.part == "train":
         wants_openi = any(name.startswith("openi") for name in args.sets)
         if wants_openi and not args.openi and not (STUDY / "openi_neg.jsonl").exists():

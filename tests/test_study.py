@@ -268,6 +268,10 @@ def test_a_tiny_study_trains_evaluates_and_reports(folder, monkeypatch):
     page = study.PAGE.read_text(encoding="utf-8")
     assert f"| phantom | CLIP | 1 | 1 | {run['commit']} |" in page
     assert page == study.page(read_json(study.RECORD))
+    trained = folder / "results/phantom-clip-0/trained.json"
+    trained.unlink()
+    study.main(["train", "--missing", *words])  # study.json has it
+    assert not trained.exists()
 
 
 def test_a_failed_run_is_named(folder):
