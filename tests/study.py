@@ -9,9 +9,10 @@
 
 Everything is done by the command lines of the scripts. A run has its folder in runs/study/, what is
 known of it lies in runs/study/results/, and what is there is not done again: to start anew, delete
-it. To add seeds to those of tests/study.json on another machine, use --missing. All systems take the same steps and are judged by their last weights, so that none is stopped at
-a luckier one. In this order: claims, what counts as a difference, the page, its record, runs, data;
-last the paper's numbers and the page's prose.
+it. To add seeds to those of tests/study.json on another machine, use --missing. All systems take
+the same steps and are judged by their last weights, so that none is stopped at a luckier one. In
+this order: claims, what counts as a difference, the page, its record, runs, data; last the paper's
+numbers and the page's prose.
 
 SPDX-License-Identifier: MIT
 """
