@@ -853,7 +853,7 @@ def draw_soft_labels(bench):
         y = soft_labels(x @ x.T, thresholds[name])                             # (m, m)
         ax.imshow(y.sqrt().numpy(), "Greys")  # the root, so that small shares show
         ax.set(title=f"y_{name[0]}: {name}, tau {thresholds[name]}",
-               xlabel=f"{count} studies, then the hard negatives of those that have one")
+               xlabel=f"{count} studies, then their hard negatives, if any")
     return figure
 
 
@@ -871,16 +871,17 @@ def draw_curves(path):
 
 
 def draw_retrieval(bench):
-    """Three images, their reports and the five that the model ranks first."""
+    """Three images with a finding, their reports and the five that the model ranks first."""
     texts = [text for text in dict.fromkeys(bench.reports) if text]
     embedded = bench.texts(texts)                                              # (m, D)
-    figure, axes = panels(min(3, len(bench.reports)), side=9)
-    for row, ax in enumerate(axes):
+    abnormal = np.flatnonzero(bench.labels[:, :-1].any(1))
+    figure, axes = panels(3, side=5)
+    for row, ax in zip(abnormal, axes, strict=False):
         best = (embedded @ bench.images[row]).argsort(descending=True)[:5]
         lines = [f"its report: {bench.reports[row]}"]
         lines += [f"{place}: {texts[j]}" for place, j in enumerate(best, 1)]
         ax.imshow(read_image(bench.manifest.image_path(row)), "gray")
-        ax.set_title("\n".join(textwrap.shorten(line, 100) for line in lines), loc="left")
+        ax.set_title("\n".join(textwrap.fill(line, 66) for line in lines), loc="left", size=8)
     return figure
 
 
