@@ -715,9 +715,9 @@ def parse_args(argv=None):
             help=f"weight w_{letter} of Eq. 10")
     for stream, tau in DynamicSoftContrastiveLoss().thresholds.items():
         add(f"--tau-{stream}", type=minimum(0, float, below=1), default=tau,
-            help="threshold; choose one at which a report has a few positives (shown before step 1 "
-            "for text; log.jsonl has all streams): at 1 labels are one-hot, near the number of "
-            "texts they collapse")
+            help="threshold; start from one at which a report has a few positives (shown before "
+            "step 1 for text) and watch them in log.jsonl: at 1 labels are one-hot, near the "
+            "number of texts they have collapsed")
     add("--row-chunk", type=minimum(1),
         help="evaluate the loss that many rows at a time, to save memory")
     # ASSUMPTION: AdamW's rate, schedule, epochs, batch are CXR-CLIP's; tiny encoders get lr 1e-3.

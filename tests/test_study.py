@@ -290,3 +290,8 @@ def test_wrong_use_is_one_line(folder):
                   ["train", "--seeds", "10"]):
         with pytest.raises(SystemExit):
             study.parse_args(words)
+
+
+def test_the_readme_has_the_verdicts_of_today():
+    table = study.summary(read_json(study.RECORD))
+    assert table in (study.ROOT / "README.md").read_text(encoding="utf-8")
