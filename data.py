@@ -73,6 +73,8 @@ TYPES = {  # of the fields of a record or of its hard negatives
     "hard_negatives": list, "adversarial": list}
 VALUES = {"labels": (1, 0, -1), "targets": (1, 0)}
 TRAINED = ("id", "patient", "report", "labels", "hard_negatives", "graph")  # images aside
+MAX_XML_BYTES = 1_000_000  # OpenI's longest report is 12 kB
+MAX_PIXELS = 50_000_000  # checked before decoding: three times the largest published radiograph
 MAX_TRIES = 20  # images drawn in place of one that cannot be read
 
 
@@ -362,6 +364,9 @@ class GlobalBatches:
     """
 
     def __init__(self, num_studies, batch_size, seed, epoch, rank=0, world=1, start=0):
+        if batch_size % world or not 0 < batch_size <= num_studies:
+            raise ValueError(f"batch_size: expected a multiple of {world} ranks, from 1 to "
+                             f"{num_studies} studies, got {batch_size}")
         self.num_studies = num_studies
         self.seed = seed
         self.epoch = epoch
@@ -434,7 +439,8 @@ def openi_xml(official):
 def parse_xml(path):
     """An XML file as a tree; one with a DOCTYPE is refused: its entities may grow without bound."""
     with open_file(path) as file:
-        text = file.read()
+        text = file.read(MAX_XML_BYTES + 1)
+    expect(len(text) <= MAX_XML_BYTES, path, f"at most {MAX_XML_BYTES} bytes of XML")
     try:
         expect("<!DOCTYPE" not in text.decode(), path, "XML without DOCTYPE")
         return ElementTree.fromstring(text)
@@ -620,15 +626,16 @@ def build_vindr(official, args):
 def build_cxr14(official, args):
     """ChestX-ray14: Data_Entry_2017 with the official lists, else split by patient"""
     pairs = {}
-    tested = set()
+    lists = {}
     if args.probmed:
         pairs = probmed_pairs(args.probmed)
-    listed = official.file("test_list.txt", required=False)
-    if listed:
-        with open_text(listed) as file:
-            tested = {stem(line.strip()) for line in file}
-    else:
-        print("no test_list.txt: split by patient, not the official split")
+    for part in ("train_val", "test"):
+        path = official.file(f"{part}_list.txt", required=False)
+        if path:
+            with open_text(path, errors="replace") as file:
+                lists |= {stem(line.strip()): part for line in file}
+    if not lists:
+        print("no train_val_list.txt and test_list.txt: split by patient, not the official split")
     table = "Data_Entry_2017_v2020.csv|Data_Entry_2017*.csv"
     for where, row in official.table(table, "Image Index", "Finding Labels", "Patient ID"):
         name = stem(row["Image Index"])
@@ -636,10 +643,12 @@ def build_cxr14(official, args):
         classes = row["Finding Labels"].split("|")
         expect(set(classes) <= set(CXR14), where, f"Finding Labels out of {', '.join(CXR14)}")
         split = split_of(patient)
-        if name in tested:
-            split = "test"
-        elif listed and split == "test":
-            split = "train"
+        if lists:
+            expect(name in lists, where, "its image in one of the official lists")
+            if lists[name] == "test":
+                split = "test"
+            elif split == "test":
+                split = "train"
         if args.probmed and name not in pairs:
             yield "not among ProbMed's images"
             continue
@@ -854,18 +863,21 @@ def read_image(path, at_least=None):
 
     path: PNG or JPEG of 8 or 16 bits, or DICOM (needs pydicom; MONOCHROME1 is inverted). at_least:
     side in pixels that suffices; a JPEG is decoded at 1/2, 1/4 or 1/8 if both sides stay above it.
-    UserError names the file. Pillow refuses a size that would fill the memory before it decodes.
+    UserError names the file; the size is checked before anything is decoded.
     """
     if str(path).lower().endswith(DICOM):
         return read_dicom(path)
     with open_file(path) as file:
         try:
             image = Image.open(file, formats=("PNG", "JPEG"))
-            if at_least is not None:
-                image.draft("L", (at_least, at_least))
-            image.load()
+            count = image.width * image.height
+            if count <= MAX_PIXELS:
+                if at_least is not None:
+                    image.draft("L", (at_least, at_least))
+                image.load()
         except Exception as error:  # Pillow's, of many kinds for damaged bytes
             raise broken_image(path, error) from None
+    expect(count <= MAX_PIXELS, path, f"at most {MAX_PIXELS} pixels")
     if image.mode.startswith("I"):  # which convert() would clip
         return to_grey(np.asarray(image))
     return image.convert("L")
@@ -877,16 +889,17 @@ def read_dicom(path):
         try:
             import pydicom
             header = pydicom.dcmread(file)
+            count = int(header.Rows) * int(header.Columns) * int(header.get("NumberOfFrames") or 1)
             inverted = header.get("PhotometricInterpretation") == "MONOCHROME1"
-            values = header.pixel_array
+            values = header.pixel_array if count <= MAX_PIXELS else None
         except ImportError:
             raise UserError(f"{path}: reading DICOM needs pydicom (pip install pydicom)") from None
         except Exception as error:  # pydicom's, of many kinds for damaged bytes
             raise broken_image(path, error) from None
+    expect(values is not None, path, f"at most {MAX_PIXELS} pixels")
     expect(values.ndim == 2 and values.size, path, "a grey image of one frame")
-    if inverted:
-        values = values.max() - values
-    return to_grey(values)
+    values = values.astype(np.float32)  # first, since whole numbers may overflow when turned
+    return to_grey(-values if inverted else values)
 
 
 def broken_image(path, error):
@@ -959,6 +972,8 @@ def make_phantom(folder, studies=3000, size=64, seed=0, normal_fraction=0.45, du
 
 def build_phantom(official, args):
     """Drawn chests with matching reports: the embedded default, no patient's data"""
+    right = args.studies >= 1 and 32 <= args.size <= 2048 and 0 <= args.normal_fraction <= 1
+    expect(right, "phantom", "at least 1 study, 32 to 2048 pixels, a normal fraction of 0 to 1")
     (official.root / "images").mkdir(parents=True, exist_ok=True)
     share = np.array(list(NORMALS.values())) / sum(NORMALS.values())
     for i in range(args.studies + args.duplicates):

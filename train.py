@@ -357,7 +357,7 @@ class Run:
         self.clip.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.state = SimpleNamespace(**saved["state"])
-        self.log_bytes = saved["log_bytes"]
+        self.log_bytes = saved.get("log_bytes", sys.maxsize)  # older ones leave the log whole
         if checkpoint == self.folder / "last.pt":
             self.saved_step = self.state.step
         if not (self.folder / "best.pt").exists():

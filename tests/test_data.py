@@ -357,6 +357,7 @@ def test_openi_kaggle_and_xml_name_one_image_alike(tmp_path):
     [
         (b'<!DOCTYPE a [<!ENTITY x "y">]><a>&x;</a>', "DOCTYPE"),
         ('<!DOCTYPE a [<!ENTITY x "y">]><a>&x;</a>'.encode("utf-16"), "UTF-8"),
+        (b"<a>" + b" " * data.MAX_XML_BYTES, "bytes"),
         (b"<a><b></a>", "well-formed"),
         (b"<a>\xff</a>", "UTF-8"),
     ],
@@ -444,6 +445,13 @@ def test_vindr_ors_the_readers_and_takes_the_consensus(tmp_path):
         rows["vindr/e1"]["targets"]["Pleural Effusion"] == 1 and rows["vindr/e1"]["split"] == "test"
     )
     assert Counter(row["split"] for row in rows.values()) == {"train": 8, "val": 2, "test": 2}
+
+
+def test_an_image_of_cxr14_in_no_official_list_is_named(tmp_path):
+    root = cxr14(tmp_path)
+    (root / "test_list.txt").unlink()
+    with pytest.raises(UserError, match=r"v2020.csv:\d+: expected its image in one of the offic"):
+        main(["cxr14", str(root), "--out", str(tmp_path / "x.jsonl")])
 
 
 def test_cxr14_takes_the_official_lists_or_says_that_it_cannot(tmp_path, capsys):
@@ -892,6 +900,13 @@ def test_dicom_without_pydicom_says_what_to_install(tmp_path, monkeypatch):
         read_image(tmp_path / "x.dcm")
 
 
+def test_more_pixels_than_a_radiograph_has_are_refused(tmp_path, monkeypatch):
+    Image.new("L", (20, 20)).save(tmp_path / "a.png")
+    monkeypatch.setattr(data, "MAX_PIXELS", 399)
+    with pytest.raises(UserError, match="a.png: expected at most 399 pixels"):
+        read_image(tmp_path / "a.png")
+
+
 def test_black_borders_are_cropped():
     frame = np.zeros((60, 80), np.uint8)
     frame[10:50, 5:70] = 100
@@ -1154,6 +1169,9 @@ def test_ranks_share_one_global_batch_and_resume_inside_an_epoch():
     assert list(GlobalBatches(103, 20, seed=5, epoch=3)) != whole
     rows = [i for batch in whole for _, i in batch]
     assert len(set(rows)) == 100
+    for size, world in ((21, 2), (0, 1), (104, 1)):
+        with pytest.raises(ValueError, match="expected"):
+            GlobalBatches(103, size, 5, 0, world=world)
 
 
 def test_a_hard_negative_is_drawn_anew_each_epoch(phantom):
@@ -1382,6 +1400,8 @@ def test_the_phantom_is_reused_until_its_settings_change(tmp_path, monkeypatch):
     assert path.stat().st_mtime_ns > stamps[2]  # it is drawn anew after a change of the code
     stamp = path.stat().st_mtime_ns
     assert data.make_phantom(tmp_path, studies=8, seed=1).stat().st_mtime_ns == stamp
+    with pytest.raises(ValueError, match="normal"):
+        data.make_phantom(tmp_path, studies=8, normal_fraction=2)
 
 
 def test_the_command_draws_a_sheet(tmp_path):

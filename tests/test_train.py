@@ -189,6 +189,7 @@ def test_weight_decay_spares_norms_biases_and_the_temperature(bert_folder):
     assert {"logit_scale", "logit_bias", "empty_node"} <= set(spared_names)
     assert not [n for n in decayed_names if "bias" in n or "norm" in n.lower()]
     assert [n for n in spared_names if "relative_position_bias_table" in n]
+    assert not [n for n in decayed_names + spared_names if "phrase_encoder" in n]
     trained = [n for n, p in clip.named_parameters() if p.requires_grad]
     assert sorted(decayed_names + spared_names) == sorted(trained)
 
@@ -495,6 +496,15 @@ def test_records_after_the_checkpoint_leave_the_log(phantom, tmp_path):
     with open(out / "log.jsonl", "a") as file:
         file.write('{"step": 9, "loss": 1}\n')
     assert set(run(phantom, out, "--max-steps", "5", "--resume", "latest")) == {1, 2, 3, 4, 5}
+
+
+def test_a_checkpoint_of_older_code_leaves_the_log_whole(phantom, tmp_path):
+    out = tmp_path / "run"
+    run(phantom, out, "--max-steps", "2")
+    saved = load_checkpoint(out / "last.pt")
+    del saved["log_bytes"]
+    torch.save(saved, out / "last.pt")
+    assert set(run(phantom, out, "--max-steps", "3", "--resume", "latest")) == {1, 2, 3}
 
 
 def test_another_world_size_resumes_and_says_that_it_is_not_bit_exact(phantom, tmp_path):
