@@ -10,6 +10,7 @@ import study
 
 import train
 from data import Manifest, UserError, read_json
+from evaluate import read_prompts
 
 
 def score(value, n=100, chance=None, half=2.0):
@@ -131,7 +132,7 @@ def test_the_first_seeds_of_everything_come_before_the_last():
     seeds = {(run.set, run.row): 0 for run in runs}
     for run in runs:
         seeds[run.set, run.row] += 1
-    assert seeds["phantom", "clip"] == 6 and seeds["openi", "clip"] == 3
+    assert seeds["phantom", "clip"] == 6 and seeds["openi", "clip"] == 5
     assert seeds["phantom", "clip+sigmoid"] == 3 and seeds["openi", "clip+sigmoid"] == 2
     again = study.planned_runs(["phantom", "openi"], seeds=4)
     assert {run.seed for run in again} == {0, 1, 2, 3}
@@ -182,12 +183,31 @@ def test_an_undecided_claim_says_how_many_seeds_would_decide_it():
     assert outcome == "undecided" and "seeds)" in text
 
 
-def test_other_prompts_have_a_table_of_their_own():
+def test_plain_prompts_stand_beside_ours_on_the_same_seeds():
     whole = full_record()
     for run in whole["runs"].values():
-        run["results"]["test-biovil"] = run["results"]["test"]
-    page = study.page(whole)
-    assert page.count("| C1 soft labels") == 2 and "`biovil.json`" in page
+        if run["seed"] < 2:  # others were not scored with both
+            run["results"][study.PLAIN] = run["results"]["test"]
+    text = study.plain_table(whole)
+    assert study.page(whole).count("| C1 soft labels") == 2 and text in study.page(whole)
+    cells = next(line for line in text.splitlines() if "C1 " in line).split(" | ")[1:]
+    assert len(cells) == 4 and cells[0] == cells[1].removesuffix(" |") != ""
+    assert "C4" not in text and "A, N over" not in text  # ask no prompt
+    scores = study.Scores(whole, "phantom", "test", study.PLAIN)
+    assert len(scores.rows["clip"]) == 2
+
+
+def test_plain_prompts_are_ours_without_the_normal_sentences(folder):
+    for data, classes in (("phantom", 14), ("openi", 21)):
+        run = study.Run("-", data, "clip", 0, ())
+        sides = read_prompts(study.plain_prompts(run))
+        assert len(sides) == classes
+        assert sides["Edema"] == [["Pulmonary edema.", "There is pulmonary edema.",
+                                   "Pulmonary edema is seen."],
+                                  ["No pulmonary edema.", "There is no pulmonary edema.",
+                                   "No pulmonary edema is seen."]]
+        assert not any("No acute" in text for pair in sides.values() for side in pair
+                       for text in side)
 
 
 def test_thresholds_are_a_table_and_a_figure(tmp_path):
@@ -256,11 +276,13 @@ def test_a_tiny_study_trains_evaluates_and_reports(folder, monkeypatch):
     study.main(["train", *words])  # is done
     assert weights.stat().st_mtime_ns == before
     study.main(["evaluate", "--split", "test", *words])
+    study.main(["evaluate", "--split", "test", "--plain-prompts", *words])
     study.main(["report"])
     run = read_json(study.RECORD)["runs"]["phantom-clip-0"]
     assert "train.py --train" in run["command"] and "--max-steps 2" in run["command"]
     assert run["commit"] and run["positives"]["text"] > 0
     result = run["results"]["test"]
+    assert "--prompts" in run["results"][study.PLAIN]["command"]
     assert "evaluate.py" in result["command"] and result["commit"]
     auroc = result["metrics"]["ZS AUC"]
     assert 0 < auroc["interval"][0] <= auroc["value"] <= auroc["interval"][1] < 100
