@@ -820,28 +820,41 @@ def test_jpeg_is_decoded_small_and_looks_the_same(tmp_path):
     assert np.abs(difference).mean() < 2
 
 
-def test_dicom_monochrome1_is_inverted(tmp_path):
+def dicom(path, values, kind="MONOCHROME2"):
+    """Write a grey image of 8 or 16 bits, signed or not, as DICOM."""
     pydicom = pytest.importorskip("pydicom")
-    from pydicom.dataset import FileDataset, FileMetaDataset
+    bits = 8 * values.itemsize
+    header = pydicom.dataset.Dataset()
+    header.SOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation
+    header.SOPInstanceUID = pydicom.uid.generate_uid()
+    header.Rows, header.Columns = values.shape
+    header.SamplesPerPixel = 1
+    header.BitsAllocated, header.BitsStored, header.HighBit = bits, bits, bits - 1
+    header.PixelRepresentation = int(values.dtype.kind == "i")
+    header.PhotometricInterpretation = kind
+    header.PixelData = values.tobytes()
+    header.file_meta = pydicom.dataset.FileMetaDataset()
+    header.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    pydicom.dcmwrite(path, header, enforce_file_format=True)
+    return path
 
-    meta = FileMetaDataset()
-    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    meta.MediaStorageSOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation
-    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
-    ramp = np.tile(np.arange(0, 4096, 64, dtype=np.uint16), (8, 1))
-    for name in ("MONOCHROME1", "MONOCHROME2"):
-        dataset = FileDataset(str(tmp_path / name), {}, file_meta=meta, preamble=b"\0" * 128)
-        dataset.Rows, dataset.Columns, dataset.SamplesPerPixel = 8, 64, 1
-        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 12, 11
-        dataset.PixelRepresentation, dataset.PhotometricInterpretation = 0, name
-        dataset.PixelData = ramp.tobytes()
-        dataset.save_as(tmp_path / f"{name}.dcm", enforce_file_format=True)
+
+@pytest.mark.parametrize("kind,lowest", [(np.uint16, 0), (np.int16, -32768)])
+def test_dicom_monochrome1_is_inverted(tmp_path, kind, lowest):
+    ramp = np.linspace(lowest, lowest + 65535, 64).astype(kind)  # -(-32768) overflows in int16
+    ramp = np.tile(ramp, (8, 1))
     first, second = (
-        np.asarray(read_image(tmp_path / f"MONOCHROME{k}.dcm")).astype(int) for k in (1, 2)
-    )
+        np.asarray(read_image(dicom(tmp_path / f"{name}.dcm", ramp, name))).astype(int)
+        for name in ("MONOCHROME1", "MONOCHROME2"))
     assert (first + second == 255).all() and second[0, 0] == 0 and second[0, -1] == 255
-    dataset.Rows = None
-    dataset.save_as(tmp_path / "blank.dcm", enforce_file_format=True)
+
+
+def test_a_dicom_without_an_image_is_a_user_error(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    path = dicom(tmp_path / "blank.dcm", np.zeros((8, 8), np.uint8))
+    header = pydicom.dcmread(path)
+    header.Rows = None
+    header.save_as(path)
     write(tmp_path / "broken.dcm", b"not dicom")
     for name in ("blank.dcm", "broken.dcm", "missing.dcm"):
         with pytest.raises(UserError, match=f"{name}: expected"):
@@ -865,17 +878,7 @@ def test_damaged_images_are_a_user_error_whatever_the_byte(tmp_path):
     files = {"jpg": io.BytesIO(), "png": io.BytesIO(), "dcm": io.BytesIO()}
     grey.save(files["jpg"], "JPEG")
     grey.save(files["png"], "PNG")
-    pydicom = pytest.importorskip("pydicom")
-    header = pydicom.dataset.Dataset()
-    header.SOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation
-    header.SOPInstanceUID = pydicom.uid.generate_uid()
-    header.Rows, header.Columns, header.SamplesPerPixel = 20, 24, 1
-    header.BitsAllocated, header.BitsStored, header.HighBit = 8, 8, 7
-    header.PixelRepresentation, header.PhotometricInterpretation = 0, "MONOCHROME2"
-    header.PixelData = grey.tobytes()
-    header.file_meta = pydicom.dataset.FileMetaDataset()
-    header.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    pydicom.dcmwrite(files["dcm"], header, enforce_file_format=True)
+    dicom(files["dcm"], np.asarray(grey))
     broken = Counter()
     for kind, whole in files.items():
         for _ in range(120):
@@ -905,6 +908,18 @@ def test_more_pixels_than_a_radiograph_has_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "MAX_PIXELS", 399)
     with pytest.raises(UserError, match="a.png: expected at most 399 pixels"):
         read_image(tmp_path / "a.png")
+
+
+def test_more_pixels_of_a_dicom_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    pydicom = pytest.importorskip("pydicom")
+    path = dicom(tmp_path / "a.dcm", np.zeros((20, 20), np.uint8))
+    monkeypatch.setattr(data, "MAX_PIXELS", 399)
+    monkeypatch.delattr(pydicom.Dataset, "pixel_array")  # decoding would be another error
+    with pytest.raises(UserError, match="a.dcm: expected at most 399 pixels"):
+        read_image(path)
+    monkeypatch.setattr(data, "MAX_PIXELS", 400)
+    with pytest.raises(UserError, match="a.dcm: expected an intact"):
+        read_image(path)
 
 
 def test_black_borders_are_cropped():
