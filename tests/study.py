@@ -123,7 +123,7 @@ PLAN = (
     ("openi", "", ("clip", "clip-dtc", "clip-n", "clip-n-dtc", FULL, "softclip"), 5,
      ("--batch-size", "64", "--epochs", "10")),
     ("openi", "normals", ("clip", "clip-dtc"), 5, ("--batch-size", "64", "--epochs", "6")),
-    ("openi", "sigmoid", SIGMOID, 2,
+    ("openi", "sigmoid", SIGMOID, 3,
      ("--batch-size", "64", "--epochs", "10", "--framework", "sigmoid")),
 )
 # Each value on its own, the other flags as in `base`; validation rows, one seed.
@@ -984,7 +984,7 @@ def parse_args(argv=None):
     add("--sets", nargs="+", choices=(*SETS, *SWEEPS), default=list(SETS),
         help="whose runs; the sweeps choose thresholds and weights on validation rows")
     add("--seeds", type=minimum(1), help="seeds of every row on both sets; none: 6 on the phantom, "
-        "5 on OpenI, 3 and 2 under sigmoid")
+        "5 on OpenI, 3 of each under sigmoid")
     add("--missing", action="store_true", help="only runs that tests/study.json has no results of")
     add("--openi", metavar="FOLDER", help="OpenI's download; needed the first time")
     add("--split", choices=("val", "test"), default="val", help="rows to evaluate")
