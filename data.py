@@ -20,7 +20,8 @@ PadChest's could be:
             yield study(row["StudyID"], official.image(row["ImageID"]), row["PatientID"],
                         split_of(row["PatientID"]), report=row["Report"], targets=targets)
 
-A view that is known and unwanted is a `yield`, a value that nobody knows an `expect`. `split_of`
+An image that is known and unwanted is left out by yielding why; a value that nobody knows should
+fail, by `expect`, since the file is not what the builder was written for. `split_of`
 wants hundreds of patients: give a smaller set its own splits. Where a patient id is missing, pass
 the study's.
 

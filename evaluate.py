@@ -8,7 +8,7 @@ file that defines load(). What is scored is a study's `targets`, else its `label
 
 In this order: the six tasks, each a table of the paper; prompts and scores; metrics; fine-tuning;
 embeddings; pictures; output; the command line. A task takes a Bench (one model on one split) and
-returns its metrics with 95 % intervals, resampled by patient, and which of them are the table's.
+returns its metrics with 95 % intervals, resampled by patient, and those that go into the table.
 Symbols: n items (mostly images), m texts, K classes, D width. Metrics are fractions.
 
 SPDX-License-Identifier: MIT
@@ -879,8 +879,11 @@ def draw_retrieval(bench):
     for row, ax in zip(abnormal, axes, strict=False):
         best = (embedded @ bench.images[row]).argsort(descending=True)[:5]
         lines = [f"its report: {bench.reports[row]}"]
-        lines += [f"{place}: {texts[j]}" for place, j in enumerate(best, 1)]
+        for place, j in enumerate(best, 1):
+            its_own = " (its own)" if texts[j] == bench.reports[row] else ""
+            lines.append(f"{place}{its_own}: {texts[j]}")
         ax.imshow(read_image(bench.manifest.image_path(row)), "gray")
+        ax.set_axis_off()
         ax.set_title("\n".join(textwrap.fill(line, 66) for line in lines), loc="left", size=8)
     return figure
 

@@ -25,9 +25,11 @@ Under torch.distributed every rank passes its own rows, in equal numbers. They a
 rows of all ranks, the columns, and the mean of gradients that DistributedDataParallel takes is the
 gradient of the loss of the whole batch.
 
-Symbols: B studies of this rank, N = world x B studies of all; M columns of texts, 2N with hard
-negatives, else N; R rows of texts, 2B with hard negatives and graphs, else B; n rows and m columns
-of a pair; D embedding width, K labels.
+Symbols, in shapes:
+    B, N   studies of this rank, and of all ranks: N = world x B
+    R, M   rows and columns of reports with their hard negatives, 2B and 2N; without: B and N
+    n, m   rows and columns of one pair's logits
+    D, K   width of the embeddings, number of labels
 
 SPDX-License-Identifier: MIT
 """
@@ -55,7 +57,8 @@ def soft_labels(similarity: torch.Tensor, threshold: float, diagonal=None) -> to
     similarity: S, (n, m), entries in [-1, 1]; (n, n) without `diagonal`.
     threshold: tau in [0, 1).
     diagonal: (n,) the column in which row i is compared with itself; i by default.
-    Returns (n, m) without gradient, float32 or float64. Raises ValueError for another threshold.
+    Returns (n, m) without gradient, float32 or float64. Raises ValueError for a threshold
+    out of range.
     """
     if not 0 <= threshold < 1:
         raise ValueError(f"threshold: expected a number in [0, 1), got {threshold}")
@@ -113,14 +116,16 @@ class DynamicSoftContrastiveLoss(nn.Module):
                                "graph": graph, "hard_graph": hard_graph}, logit_scale)
 
     def _equations(self, rows, columns, scale):
-        """Eq. 1-10 of this rank's rows against the columns of all ranks; each term is a mean."""
+        """Eq. 1-10 of this rank's rows x against the columns X of all ranks; terms are means."""
         x, X = _join(rows), _join(columns)             # v, T = [T1; T2], C = [C1; C2], G = [G1; G2]
         B, N = len(x["image"]), len(X["image"])
         diagonal = x["diagonal"]                       # (R,), of reports and of hard negatives
         streams = {k: name for k, name in STREAMS.items() if name in x}
         terms, positives = {}, {f"positives_{k}": torch.ones_like(scale) for k in streams}
         if self.soft:
-            # sum_k w_k y_hat_k and sum_k w_k H(y_hat_k), of rows of M entries and of N entries.
+            # KL(y_hat || p) is the cross-entropy of y_hat and p less H(y_hat), so the streams'
+            # targets can be added up first: sum_k w_k y_hat_k and sum_k w_k H(y_hat_k), once for
+            # rows of M entries and once for rows of N.
             y_M = y_N = H_M = H_N = 0
             for k, name in streams.items():
                 # ASSUMPTION: soft labels carry no gradient.
@@ -192,7 +197,7 @@ class DynamicSoftContrastiveLoss(nn.Module):
         for name, x in inputs.items():
             # Half precision is raised: similarities, softmax and KL need at least float32.
             rows[name] = x.to(torch.promote_types(image.dtype, torch.float32))
-            if "labels" not in name:  # F.normalize makes zeros of a row that overflows
+            if "labels" not in name:  # a row of zeros was an overflow: NaN, so that it shows
                 rows[name] = torch.where(x.any(1, keepdim=True), rows[name], float("nan"))
         if not image.is_cuda or not self._values_checked:
             self._check_values(rows)
@@ -202,7 +207,7 @@ class DynamicSoftContrastiveLoss(nn.Module):
         rows["diagonal"] = torch.arange(len(image), device=image.device) + first  # (B,)
         if "hard_graph" in rows:
             rows["hard_diagonal"] = rows["diagonal"] + len(columns["image"])
-        else:  # only T<->G has rows for the hard negatives too
+        else:  # T<->G alone has rows for the hard negatives, elsewhere they are columns
             rows = {name: x for name, x in rows.items() if "hard" not in name}
         return rows, columns
 
@@ -305,7 +310,7 @@ class SigmoidSoftContrastiveLoss(DynamicSoftContrastiveLoss):
             W += w
             positives[f"positives_{k}"] = y.sum(1).mean()
         if not self.soft:
-            return y, 1, entropy, positives  # the identity, of weight 1
+            return y, 1, entropy, positives  # every stream's y is the identity; weight 1
         return mixed / max(W, 1e-30), W, entropy, positives
 
 

@@ -79,7 +79,8 @@ class ClinicalCLIP(nn.Module):
             self.empty_node = nn.Parameter(torch.randn(features) * 0.02)
             self.gcn = GCN(features, GRAPH_HIDDEN, GRAPH_HIDDEN)
             self.graph_projection = nn.Linear(GRAPH_HIDDEN, width, bias=False)
-        # Sec. 4.3's node embeddings, a row a phrase. Report text: never saved, so no buffer.
+        # Sec. 4.3's node embeddings, a row a phrase. Report text: a plain tensor, so that no
+        # checkpoint holds it.
         self.phrase_row = {None: 0}  # the empty node's, whose index is -1
         self.phrase_table = torch.zeros(1, self.text_encoder.width)           # (rows, H)
         self.config = {  # what load_model needs to build the same network without the sources

@@ -90,7 +90,7 @@ FREE_ON_RESUME = {"out", "resume", "train", "val", "image_root", "workers", "max
 def build_loss(args):
     """The loss of --system and --framework; a stream that the system lacks has weight 0."""
     _, _, streams = SYSTEMS[args.system]
-    if streams == "softclip":  # a word, not letters
+    if streams == "softclip":  # not letters of streams
         return SoftCLIPLoss(row_chunk=args.row_chunk)
     kind = DynamicSoftContrastiveLoss
     if args.framework == "sigmoid":

@@ -70,15 +70,23 @@ def test_a_difference_leaves_the_seeds_own_level_out():
     assert scores.difference("A", {"clip-n": 1, "clip": -1}) is None        # was not measured
 
 
-def test_sigmoid_rows_have_seeds_of_their_own_and_share_the_noise():
-    values = {(row, seed): {"A": 10 * seed + (1 if (row == "clip") == (seed == 0) else -1)}
-              for row in ("clip", "clip-n") for seed in range(3)}
-    values |= {(row, seed): {"A": 5 + 10 * seed}
+def test_sigmoid_rows_have_seeds_and_noise_of_their_own():
+    values = {(row, seed): {"A": 10 * seed} for row in ("clip", "clip-n") for seed in range(3)}
+    values |= {(row, seed): {"A": 10 * seed + (1 if (row == "clip+sigmoid") == (seed == 0) else -1)}
                for row in ("clip+sigmoid", "clip-dtc+sigmoid") for seed in range(2)}
     scores = study.Scores(record(values), "phantom")
-    assert len(scores.table("A", sigmoid=False)["clip"]) == 3
+    softmax = scores.difference("A", {"clip-n": 1, "clip": -1})
     sigmoid = scores.difference("A", {"clip-dtc+sigmoid": 1, "clip+sigmoid": -1})
-    assert sigmoid.seeds == 2 and sigmoid.value == 0 and sigmoid.error > 0
+    assert (softmax.seeds, softmax.value, softmax.error) == (3, 0, 0)
+    assert (sigmoid.seeds, sigmoid.value) == (2, 0) and sigmoid.error == pytest.approx(2.0)
+
+
+def test_the_noise_of_softclip_is_no_other_systems():
+    values = {(row, seed): {"A": 50 + 10 * seed} for row in ("clip", "clip-n") for seed in range(2)}
+    values |= {("softclip", 0): {"A": 80}, ("softclip", 1): {"A": 10}}
+    scores = study.Scores(record(values), "phantom")
+    assert scores.difference("A", {"clip-n": 1, "clip": -1}).error == 0
+    assert scores.difference("A", {"softclip": 1, "clip": -1}).error > 10
 
 
 def test_as_many_seeds_as_promised_decide():
