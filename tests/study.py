@@ -757,7 +757,7 @@ def plain_prompts(run):
     sides = {}
     for name in sorted(classes):
         sides[name] = [[text for text in side if text not in NORMAL] for side in prompts(name)]
-    path = STUDY / f"plain-{run.set}.json"
+    path = STUDY / run.name / "plain-prompts.json"  # of its own, since runs go side by side
     write_json(path, sides)
     return path
 

@@ -207,7 +207,8 @@ def test_plain_prompts_stand_beside_ours_on_the_same_seeds():
 
 def test_plain_prompts_are_ours_without_the_normal_sentences(folder):
     for data, classes in (("phantom", 14), ("openi", 21)):
-        run = study.Run("-", data, "clip", 0, ())
+        run = study.Run(f"{data}-clip-0", data, "clip", 0, ())
+        (folder / run.name).mkdir()
         sides = read_prompts(study.plain_prompts(run))
         assert len(sides) == classes
         assert sides["Edema"] == [["Pulmonary edema.", "There is pulmonary edema.",
