@@ -114,7 +114,8 @@ def check_record(where, record):
     """UserError("WHERE: expected ...") at the first field of a manifest's record that is wrong."""
     check_fields(where, record, {"id", "image"})
     expect(record.get("split", "train") in SPLITS, where, "split train, val or test")
-    expect("\0" not in record["image"], where, "image without null characters")
+    expect("\0" not in record["image"] + record.get("root", ""), where,
+           "image and root without null characters")
     known = type(record.get("patient")) in (str, int, type(None))  # no NaN, no bool
     expect(known, where, "patient as a text or a whole number")
     for negative in record.get("hard_negatives", []):
@@ -426,9 +427,9 @@ def openi_tables(official):
 
 
 def openi_xml(official):
-    files = glob.glob(f"{official.root}/**/*.xml", recursive=True)
+    files = glob.glob("**/*.xml", root_dir=official.root, recursive=True)
     expect(files, official.root, "indiana_reports.csv or the XML files, unpacked")
-    for path in sorted(files):
+    for path in sorted(official.root / file for file in files):
         tree = parse_xml(path)
         text = {node.get("Label"): node.text for node in tree.iter("AbstractText")}
         images = [f"{node.get('id')}.png" for node in tree.iter("parentImage")]
@@ -727,7 +728,7 @@ class Download:
         path = self.file(names)
         csv.field_size_limit(1 << 27)
         with open_text(path) as file:
-            rows = csv.DictReader(file)
+            rows = csv.DictReader(file, strict=True)  # an unclosed quote swallows patients
             try:
                 header = {name.strip() for name in rows.fieldnames or ()}
                 lacking = ", ".join(name for name in columns if name not in header)

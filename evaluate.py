@@ -58,7 +58,7 @@ from loss import DynamicSoftContrastiveLoss, soft_labels
 from model import ModelError, load_model
 from negations import label_report
 
-TIE = 1e-6  # closer cosines are a tie, and a tie is wrong: float32 cannot tell them apart
+TIE = 1e-6  # closer cosines are a tie, as float32 cannot tell them apart: wrong in a choice or rank
 CHUNK = 256  # images compared at once with all texts: 400,000 texts then take 0.4 GB
 ACCURACY_SETS = ("chexpert5x200", "vindr", "cxr14")  # Tab. 2: accuracy; AUC for other sets
 
@@ -88,22 +88,26 @@ def zero_shot(bench):
     if len(both) < len(classes):
         bench.notes.append("one class only, so AUROC and AP are NaN and macro averages leave it "
                            f"out: {', '.join(sorted({*classes} - {*both}))}")
-    positive, negative = class_scores(bench, classes)                          # (n, K) each
+    rows = with_truth(truth)
+    truth = truth[rows]                                                        # (n, K)
+    positive, negative = class_scores(bench, classes)                          # (all, K) each
     single_positive, single_negative = class_scores(bench, classes, single=True)
     statistics = [
-        classification(positive - negative, truth, classes),
-        classification(single_positive - single_negative, truth, classes, "one prompt pair ")]
+        classification((positive - negative)[rows], truth, classes),
+        classification((single_positive - single_negative)[rows], truth, classes,
+                       "one prompt pair ")]
     # ASSUMPTION: Tab. 2's accuracy is the mean over classes, and five-way for CheXpert 5x200.
     cells = {"ZS AUC": "macro AUROC"}
     if bench.set in ACCURACY_SETS:
         cells = {"ZS ACC": "macro accuracy"}
     if bench.set == "chexpert5x200" and not bench.args.conditions:
         cells = {"ZS ACC": "5-way accuracy"}
-        correct = truth[np.arange(len(truth)), positive.argmax(1)]             # (n,)
+        correct = truth[np.arange(len(truth)), positive[rows].argmax(1)]       # (n,)
         statistics.append(averages({"5-way accuracy": correct}))
     return bench.measure(
         "Tab. 2",
         statistics,
+        rows,
         cells=cells,
         chance={"5-way accuracy": 0.2},
         prompts={name: bench.prompts(name) for name in classes})
@@ -119,19 +123,22 @@ def fine_tune(bench):
     if not names:
         raise Unmeasurable(f"{train.where}: fine-tune finds no class with positives and negatives "
                            f'among {len(fewest)} rows; raise --fraction, or give them "targets"')
-    truth = test.columns(names)                                                # (n, K)
+    truth = test.columns(names)                                                # (all, K)
+    known = with_truth(truth)
     statistics = []
     cells = {}
     for share, rows in chosen.items():
         label = f"FT{100 * share:g}"
-        scores = probe_scores(train, val, test, rows, names)                   # (n, K)
-        statistics.append(classification(scores, truth, names, f"{label} "))
+        scores = probe_scores(train, val, test, rows, names)[known]            # (n, K)
+        statistics.append(classification(scores, truth[known], names, f"{label} "))
         cells[f"{label} AUC"] = f"{label} macro AUROC"
     return test.measure(
         "Tab. 2",
         statistics,
+        known,
         cells=cells,
         chance={},
+        split="test",
         classes=names,
         train={str(share): len(rows) for share, rows in chosen.items()})
 
@@ -167,11 +174,13 @@ def adversarial(bench):
     their mean, and needs no label for it; its chance is that of its scores dealt at random.
     """
     pairs = bench.pairs or draw_pairs(bench)  # (row, present class, absent class)
+    if bench.args.conditions:
+        pairs = [pair for pair in pairs if {*pair[1:]} <= {*bench.classes}]
     if not pairs:
         raise Unmeasurable(f"{bench.where}: no image has both a present and an absent class; give "
                            '"targets" of 0 and 1 for two or more classes')
     rows, present, absent = (list(column) for column in zip(*pairs, strict=True))
-    names = sorted({*bench.classes} - {"No Finding"} | {*present, *absent})
+    names = sorted(({*bench.classes} - {"No Finding"}) | {*present, *absent})
     positive, negative = class_scores(bench, names)
     scores = (positive - negative)[rows]                                       # (n, K)
     pair = np.searchsorted(names, [present, absent]).T                         # (n, 2)
@@ -253,6 +262,7 @@ def cxr_align(bench):
         "swapped A": prefers(others, r_n, r),
         "B": prefers(images, r, r_r)}
     columns["B"][[not text.strip() for text in omitted]] = np.nan  # CXR-Align has empty ones
+    known = {f"n_{name}": int((~np.isnan(columns[name])).sum()) for name in ("swapped A", "B")}
     counts = {name: int((condition == name).sum()) for name in CONDITIONS if name in condition}
     for name in counts:
         for task in ("A", "B"):
@@ -263,8 +273,8 @@ def cxr_align(bench):
         rows,
         cells={"A": "A", "swapped A": "swapped A", "B": "B"},
         chance=dict.fromkeys(columns, 0.5),
-        n_B=int((~np.isnan(columns["B"])).sum()),
-        conditions=counts)
+        conditions=counts,
+        **known)
 
 
 TASKS = {
@@ -293,6 +303,11 @@ def validate(model, manifest, batch_size=64, workers=0):
 def with_both_labels(classes, truth):
     """Those of K classes that truth (n, K) has positives and negatives of."""
     return [name for k, name in enumerate(classes) if {0, 1} <= set(truth[:, k])]
+
+
+def with_truth(truth):
+    """Rows of truth (n, K) that something is known of."""
+    return np.flatnonzero(~np.isnan(truth).all(1))
 
 
 def rows_of_share(patients, share, seed):
@@ -585,6 +600,8 @@ def probe_scores(train, val, test, rows, names):
     x, x_val, x_test = ((part - mean) / std for part in (images, val.images, test.images))
     y = torch.tensor(train.columns(names)[rows])                               # (n, K)
     y_val = torch.tensor(val.columns(names))
+    if y_val.isnan().all():
+        raise Unmeasurable(f"{val.where}: fine-tune needs rows whose classes are known")
     probe = nn.Linear(x.shape[1], len(names))
     for parameter in probe.parameters():
         nn.init.zeros_(parameter)
@@ -655,7 +672,7 @@ class Bench:
         self.device = torch.device("cpu")
         if isinstance(model, nn.Module):
             model.eval()
-            self.device = next(model.parameters()).device
+            self.device = next(model.parameters(), torch.empty(0)).device
         self.reports = []
         self.ids = []
         self.pairs = []
@@ -744,8 +761,8 @@ class Bench:
     @torch.no_grad()
     def texts(self, texts):
         """Text embeddings (m, D); equal texts are encoded once."""
-        new = sorted(set(texts) - self.embedded.keys(), key=len)  # like lengths: less padding
-        starts = range(0, len(new), self.args.batch_size)
+        new = sorted(set(texts) - self.embedded.keys(), key=lambda text: (len(text), text))
+        starts = range(0, len(new), self.args.batch_size)  # of like lengths: less padding
         for start in tqdm(starts, "texts", leave=False, delay=1, disable=None):
             batch = new[start:start + self.args.batch_size]
             rows = unit_rows(self.model.encode_text(batch))
@@ -852,7 +869,7 @@ def draw_soft_labels(bench):
     for ax, (name, x) in zip(axes, streams.items(), strict=True):
         y = soft_labels(x @ x.T, thresholds[name])                             # (m, m)
         ax.imshow(y.sqrt().numpy(), "Greys")  # the root, so that small shares show
-        ax.set(title=f"y_{name[0]}: {name}, tau {thresholds[name]}",
+        ax.set(title=f"y_{name[0]}: {name}, default tau {thresholds[name]}",
                xlabel=f"{count} studies, then their hard negatives, if any")
     return figure
 
@@ -921,15 +938,17 @@ def table_cells(bench, tasks):
     """{table: {column: value}}; what makes two numbers unlike stands in the column's name."""
     tables = {}
     for entry in tasks.values():
-        more = [f"n={entry['n']}"]
+        more = ""
         if "pool" in entry:
-            more.append(f"pool {entry['pool']}")
+            more += f", pool {entry['pool']}"
         if "prompts" in entry:
-            more.append(f"{len(entry['prompts'])} classes")
-        if bench.manifest.split != "test":
-            more.append(bench.manifest.split)
+            more += f", {len(entry['prompts'])} classes"
+        split = entry.get("split", bench.manifest.split)
+        if split != "test":
+            more += f", {split}"
         for column, metric in entry["cells"].items():
-            head = f"{bench.set} {column} ({', '.join(more)})"
+            n = entry.get(f"n_{metric}", entry["n"])
+            head = f"{bench.set} {column} (n={n}{more})"
             cells = tables.setdefault(entry["table"], {})
             cells[head] = entry["metrics"][metric]["value"]
     return tables
@@ -984,7 +1003,9 @@ def load_any(path, device):
         except ModelError as error:
             raise UserError(str(error)) from None
     expect(Path(path).is_file(), path, "a Python file that defines load()")
-    return runpy.run_path(path)["load"]()
+    names = runpy.run_path(path)
+    expect("load" in names, path, "a function load()")
+    return names["load"]()
 
 
 def parse_args(words):
@@ -1022,7 +1043,8 @@ def parse_args(words):
     add("--resamples", type=minimum(1), default=1000,
         help="bootstrap resamples for the intervals; at most 100,000")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    add("--device", default=devices[0], choices=devices, help="where the model runs")
+    add("--device", default=devices[0], choices=devices,
+        help="where the model runs; a .py file chooses itself")
     args = parser.parse_args(words)
     if args.resamples > 100_000:
         parser.error("--resamples: expected at most 100,000")
@@ -1055,6 +1077,8 @@ def main(argv=None):
     expect(args.run and args.data, "command line", "RUN and --data X.jsonl, or --compare JSON ...")
     if args.figures and importlib.util.find_spec("matplotlib") is None:  # asked before any work
         raise UserError("--figures needs matplotlib: pip install matplotlib")
+    expect(not Path(args.figures or ".").is_file(), args.figures, "a folder for pictures")
+    expect(Path(args.out or ".").absolute().parent.is_dir(), args.out, "a file in a folder")
     run = Path(args.run).resolve()
     if run.suffix == ".pt":
         run = run.parent

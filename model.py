@@ -399,7 +399,7 @@ def load_model(path, device="cpu"):
             return rebuild(saved["model_config"], saved["model"], candidate).to(device).eval()
     kind, description = "clip", path / "config.json"
     if description.is_file():
-        with loading(description, "a JSON object with model_type"):
+        with loading(description, "a JSON object with model_type, or a .pt beside it"):
             config = json.loads(description.read_text(encoding="utf-8"))
             kind = config.pop("model_type")
     elif path.parent != Path(".") and path.parent.exists():  # no hub id: nothing to ask the hub for

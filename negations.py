@@ -1032,8 +1032,8 @@ LISTS = {
     "excluded": "exclude; excluded; rule out; ruled out",
     "solved": "ruled out; excluded|absent|resolved|cleared|gone|discontinued",
     "seen": """
-        seen|visualized|visualised|present|noted|apparent|identified|appreciated|evident|detected|
-        demonstrated|found""",
+        seen|visible|visualized|visualised|present|noted|apparent|identified|appreciated|evident|
+        detected|demonstrated|found""",
     # for TIME
     "prior": "prior|previous|preceding|last|comparison|old|outside|recent; earlier [in the day]",
     "study": """
@@ -1100,13 +1100,16 @@ LISTS = {
 # itself; ?phrase: hedges it by itself.
 FINDINGS = {
     "Enlarged Cardiomediastinum": """
-        <mediastinum> ... <big>; <big> [of] [_] [_] <mediastinum>;
-        -<mediastinum> ,... <normal>; -normal|unremarkable ,... <mediastinum>;
+        <mediastinum> ... <big>; <big> [of] !and [_] !and [_] <mediastinum>;
+        -<mediastinum> ,... <normal>;
+        -normal|unremarkable ,... <mediastinum> !(is|appears|remains [_] [_] <big>);
         ?<mediastinum> ,... borderline;""",
     "Cardiomegaly": """
         cardiomegaly; cardiac|ventricular enlargement;
-        <heart> ... <big>; <big> [of] [_] [_] <heart>;
-        -<heart> ,... <normal>; -<normal> ,... <heart>;
+        <heart> ... enlarged|enlargement|prominent|prominence|widen*;
+        <heart> [xxxx|is|are|appears|remains|has|been]+ [_] large|increased|wide;
+        <big> [size] [of] !and [_] !and [_] <heart>;
+        -<heart> ,... <normal>; -<normal> ,... <heart> !(is|appears|remains [_] [_] <big>);
         ?<heart> ,... borderline; ?borderline [_] [_] [_] heart|cardi*;""",
     "Lung Opacity": """
         [_] opacity|opacities|opacif*; infiltrat*; haze|haziness|hazy; ground-glass;
@@ -1134,7 +1137,8 @@ FINDINGS = {
         apical|biapical cap*; pleuro-parenchymal _; fibrothorax;""",
     "Fracture": "fractur*;",
     "Support Devices": """
-        [_] tube|tubes; *catheter|*catheters; pace-maker|pace-makers; port-a-cath*; mediport;
+        [_] tube|tubes; tracheostomy; *catheter|*catheters; pace-maker|pace-makers; [_] port;
+        port-a-cath*; mediport;
         central|venous|picc|ij|jugular|subclavian|arterial [_] line|lines; picc|piccs;
         infusion|chest port; prosthe*; hardware; screw|screws; stent|stents; icd|aicd;
         pacer|pacing|icd|aicd|ventricular|monitor* [_] lead|leads|wire|wires;
@@ -1154,7 +1158,7 @@ FINDINGS = {
         sarcoid*; tubercul*; hyperosto*; fluid overload; cephaliz*|cephalis*; redistribut*;
         low|small|decreased|diminished|reduced [lung] volume|volumes|inspir*; foreign bod*;
         volume|volumes [are|is|remain|remains] low|decreased;
-        increased|coarse*|crowd* [_] [_] markings; crowding;
+        increased|coarse*|crowd* [_] [_] markings; crowding; kerley; *bronchial cuffing;
         blunt*; flatten*; pectus; lucen*; heart failure; chf; hypertension;
         pneumo-periton*|pneumo-mediastin*; free [_] air; shift*; deviat*; fullness; sternotomy;
         *ectomy; cabg; surg*|operat*|post-surg*|post-operat* change*; bypass; effusion|effusions;
@@ -1172,23 +1176,30 @@ CUES = {
         <cannot> [_] [be] [entirely|completely|definitely] <excluded>;
         suspected|questioned|possible|considered|favored|favoured .; ?;
         is|are|be [less|more|most] possible|suspected|questioned|considered;
-        is|are|be [less|more|most] likely|probable|presumed; is|are|be in the differential;""",
+        is|are|be [less|more|most] likely|probable|presumed; is|are|be in the differential;
+        if any|present .; if any|present (,);
+        not well|clearly <seen> !(on [the] [_] prior|previous|lateral|frontal);""",
     "still": """
         no|not|without|little [_] [_] change|changed|increase|increased|decrease|decreased [in|of];
         no|not|without|little [_] [_] difference|worsen*|improve*|progress* [in|of];
-        no|not|without|little [_] [_] changes in|from|since;""",
+        no|not|without|little [_] [_] changes in|from|since;
+        no|not|without [_] resolution|clearing of;""",
     "skip": """
-        no comparison|prior|priors|previous; not only|include*;
+        no comparison|prior|priors|previous; not only|include*; obscur* [_] by;
+        non displaced|calcified|specific|acute; not [_] <seen> previously|before;
+        tip|tips ... not [_] <seen>; not previously <seen>;
+        some|partial|substantial|mild|moderate|significant|marked [interval] clearing of;
+        follow-up [_] [_] show*|demonstrat*|reveal*;
         not [well|fully|completely] evaluated|assessed;
         compatible|consistent|associated|correlat*|along|together with; in keeping with;
-        not|better [_] <seen> [_] on [the] [_] prior|previous|lateral|frontal;
+        not|better [_] <seen> [_] on [the] [_] prior|previous|lateral|frontal|ct;
         near|nearly|almost|most|mostly|large|largely|partial|partially|incomplete|incompletely
             [_] resol*|clear* [of];""",
     "gone": """
         is|are|was|were|has|have|had
             [now|since|been|completely|entirely|essentially|subsequently]+ <solved>;
         can be <solved>; ruled out; removed; removal !of; unlikely; : none|no|absent|negative .;
-        not [_] <seen> !is|are; no longer [_] <seen> !is|are;""",
+        not|cannot [_] <seen> !is|are; no longer [_] <seen> !is|are;""",
     "ignore": """
         recommend*; advise*; correlat*; evaluat*|assess* for|of|to; sensitive; obscur*; history of;
         h/o; please note; to identify; look for; f/u; follow-up;
@@ -1196,11 +1207,12 @@ CUES = {
     "no": """
         negative|free|clear for|of|from; no longer; rather than; instead of; no; not; without; w/o;
         never; neither; nor; denies; absent; non; resolved;
-        [interval|complete] removal|resolution|clearing|absence of;""",
+        [interval|complete] removal|resolution|clearing|absence|lack of;""",
     "maybe": """
         may|might|could [also|well]+ [be] [secondary|due|related to]; possible|possibly;
         probable|probably; likely; suspect*; suspicious; concern*; question*; consider*; suggest*;
-        perhaps; potential*; worrisome; presum*; doubt*; rule out; exclude; versus; vs;
+        perhaps; possibility; suspicion; favored|favoured|felt|thought to; potential*; worrisome;
+        presum*; doubt*; rule out; exclude; versus; vs;
         differential; equivocal; apparent; borderline; if;""",
     "end": """
         but; however; although; though; except; aside from; other than; otherwise; which;
@@ -1213,7 +1225,9 @@ CUES = {
         ,|and (cardiomegaly is|was|remains|persists|has);
         ,|and !(,... or|nor) (a|an|mild*|moderate*|minimal*|marked*|severe*|small|large|low|old);
         ,|and !(,... or|nor) (tortuous|degenerative|normal|prominent|calcified|chronic|healed);
-        ,|and !(,... or|nor) (bilateral|left|right|multiple|hyper*);""",
+        ,|and !(,... or|nor) (bilateral|left|right|multiple|hyper*);
+        ,|and !(,... or|nor) (new|persistent|residual|increased|decreased|improv*|trace|tiny);
+        ,|and !(,... or|nor) (patchy|bibasilar|linear|subsegmental|streaky|placement|insertion);""",
 }
 # What refers to earlier examinations, and what takes its place (mostly nothing).
 TIME = {
@@ -1246,23 +1260,23 @@ TIME = {
         [once] again|previously|newly|now [seen|noted|demonstrated|identified|described|is|are]+;
     """: " ",
 }
-NOUNS = {  # how a condition is denied: nouns for DENIALS, or whole sentences
+NOUNS = {  # how a condition is denied: nouns for DENIALS that leave none of it out, or sentences
     "Enlarged Cardiomediastinum": """
         mediastinal widening; mediastinal enlargement; The mediastinum is normal in width.""",
     "Cardiomegaly": """
         cardiomegaly; cardiac enlargement; The heart is normal in size.;
         Heart size is within normal limits.""",
     "Lung Opacity": "pulmonary opacity; airspace opacity; lung infiltrate",
-    "Lung Lesion": "pulmonary nodule; lung mass; pulmonary nodule or mass",
+    "Lung Lesion": "pulmonary nodule or mass; lung lesion",
     "Edema": "pulmonary edema; edema",
-    "Consolidation": "consolidation; focal consolidation",
+    "Consolidation": "consolidation",
     "Pneumonia": "pneumonia",
     "Atelectasis": "atelectasis",
     "Pneumothorax": "pneumothorax",
     "Pleural Effusion": "pleural effusion; pleural fluid",
     "Pleural Other": "pleural thickening",
-    "Fracture": "fracture; displaced fracture",
-    "Support Devices": "support device; catheter or tube",
+    "Fracture": "fracture",
+    "Support Devices": "support device",
 }
 # ASSUMPTION: the predefined negative statements (Sec. 3) are unpublished; these are ours.
 DENIALS = "No {}.; There is no {}.; No evidence of {}.; No {} is seen.; Negative for {}."

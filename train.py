@@ -132,7 +132,7 @@ def plain_step(model, criterion, batch, autocast, place):
 
 @torch.no_grad()
 def embed_all(model, batches, autocast, place):
-    """The same of all micro-batches together, without a graph."""
+    """`embed` of all micro-batches together, without recording gradients."""
     embedded = [embed(model, batch, autocast, place, micro)
                 for micro, batch in enumerate(batches)]
     whole = {}
@@ -146,9 +146,9 @@ def embed_all(model, batches, autocast, place):
 def cached_step(model, criterion, batches, autocast, place):
     """The same gradients from micro-batches, with the memory of one: gradient caching.
 
-    Embed all without a graph; take the loss of all rows together, and its gradient with respect
-    to the embeddings; embed each micro-batch again, with the same random state, and send its share
-    of that gradient through the encoders. So every negative of the batch is kept.
+    Embed all without recording gradients; take the loss of all rows together, and its gradient with
+    respect to the embeddings; embed each micro-batch again, with the same random state, and send
+    its share of that gradient through the encoders. So every negative of the batch is kept.
     """
     count = len(batches)
     whole = embed_all(model, batches, autocast, place)
@@ -223,9 +223,9 @@ def train(run, model, criterion, batches, bar):
         losses["logit_scale"] = run.clip.logit_scale.detach()
         if args.framework == "sigmoid":
             losses["logit_bias"] = run.clip.logit_bias.detach()
-        bad = sum(batch["bad"] for batch in micro)
-        values, (stop, bad) = read_numbers(run.ranks, losses, len(signals), bad)
-        temperature = math.exp(-values.pop("logit_scale"))
+        unreadable = sum(batch["bad"] for batch in micro)
+        values, (stop, unreadable) = read_numbers(run.ranks, losses, len(signals), unreadable)
+        temperature = math.exp(-values.pop("logit_scale"))  # the parameter is a logarithm
         # step
         update(run, values)
         # log
@@ -236,7 +236,7 @@ def train(run, model, criterion, batches, bar):
         bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
         bar.update()
         # unreadable images
-        state.unreadable += int(bad)
+        state.unreadable += int(unreadable)
         if state.unreadable > MAX_BAD * max(len(run.studies), state.step * args.batch_size):
             refuse(run.ranks, f"{state.unreadable} images could not be read, more than "
                    f"{MAX_BAD:.0%}; python data.py check {run.studies.manifest.path} lists them")
@@ -266,9 +266,9 @@ def read_numbers(ranks, scalars, *counts):
 
 def update(run, values):
     """The optimiser's step, unless the numbers are bad: they are the same on all ranks."""
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    wrong = [name for name, value in values.items() if not math.isfinite(value)]
     run.state.step += 1
-    if bad:
+    if wrong:
         run.state.skipped += 1
         run.skipped_in_a_row += 1
     else:
@@ -277,7 +277,7 @@ def update(run, values):
         run.skipped_in_a_row = 0
     if run.skipped_in_a_row == MAX_SKIPPED:
         refuse(run.ranks, f"step {run.state.step}: {MAX_SKIPPED} steps in a row without finite "
-               f"numbers, the last in {', '.join(bad)}")
+               f"numbers, the last in {', '.join(wrong)}")
 
 
 def warn(run, values):
@@ -289,7 +289,7 @@ def warn(run, values):
         value = values.get(f"positives_{name}", 0.0)
         if value > COLLAPSE * run.num_texts:
             say(run.ranks, f"warning: positives_{name} is {value:.0f} of {run.num_texts}: the soft "
-                f"labels have nearly collapsed; raise --tau-{name}")
+                f"labels have nearly collapsed; raise --tau-{name} (softclip has none)")
 
 
 def look_ahead(run, criterion, batches):
@@ -306,9 +306,10 @@ def look_ahead(run, criterion, batches):
         y_hat = soft_labels(texts @ texts.T, tau)                             # (n, n)
         positives += f"   {tau}: {torch.special.entr(y_hat).sum(1).exp().mean():.1f}"
     say(run.ranks,
-        f"positives     that a report has in effect among {len(texts)} texts of the first batch, "
-        f"by --tau-text\n           {positives}\n              1: one-hot, as in CLIP; near "
-        f"{len(texts)}: all alike, nothing is learned; choose a few")
+        f"positives     that a report has in effect among {len(texts)} of the first batch's "
+        f"{run.num_texts} texts, by --tau-text\n           {positives}\n"
+        f"              1: one-hot, as in CLIP; near {len(texts)}: all alike, nothing is learned; "
+        "choose a few")
     if run.args.framework == "sigmoid":
         bias = criterion.initial_bias(**inputs, **labels_of(batches))
         torch.nn.init.constant_(run.clip.logit_bias, bias)
@@ -383,8 +384,11 @@ class Run:
             for name, value in record.items():
                 if isinstance(value, float) and not math.isfinite(value):
                     record[name] = None
-            with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with open(self.folder / "log.jsonl", "a") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:  # a full disk; the run goes on
+                say(self.ranks, f"warning: log.jsonl: a line was not written ({error.strerror})")
 
     def start_record(self):
         """config.json, the tokenizer and the head of the log; what is after the checkpoint goes."""
@@ -439,15 +443,17 @@ class Run:
         self.save()  # a signal during validation loses nothing
         self.state.validated = self.state.step
         if len(self.val_rows):
+            before = self.state.best
             better = on_rank_0(self.ranks, self.measure)
-            if better and self.save("best.pt"):
-                self.state.best = better
+            self.state.best = better or before
+            if better and not self.save("best.pt"):
+                self.state.best = before
         self.save()
 
     def measure(self):
         """Validate and log; the result where it is the best so far, else None."""
         # ASSUMPTION: the model to evaluate is best.pt, the best zero-shot AUROC in validation.
-        result = validate(self.clip, self.val_rows, self.args.batch_size, self.args.workers)
+        result = validate(self.clip, self.val_rows, workers=self.args.workers)
         self.clip.train()
         self.log(step=self.state.step, val=result)
         say(self.ranks, f"step {self.state.step:>6}   val   "
@@ -805,8 +811,10 @@ def main(argv=None):
             print(json.dumps({"run": folder, "system": args.system, "seed": args.seed,
                               "finished": run.is_finished(), **vars(run.state),
                               "seconds": round(time.perf_counter() - began)}))
-            data = shlex.quote(run.studies.manifest.path)
-            say(ranks, f"evaluate it   python evaluate.py {shlex.quote(folder)} --data {data}")
+            words = ["python", "evaluate.py", folder, "--data", run.studies.manifest.path]
+            if args.image_root:
+                words += ["--image-root", args.image_root]
+            say(ranks, f"evaluate it   {shlex.join(words)}")
         if ranks.world > 1:
             dist.barrier()  # who leaves early takes the others' connections along
     finally:

@@ -460,9 +460,12 @@ def test_adversarial_takes_given_pairs_and_draws_the_same_for_a_subset(tmp_path)
         drawn.append(picked)
     assert all(drawn[0][name] == pair for name, pair in drawn[1].items()) and drawn[1]
     rows[3]["adversarial"] = [["Pneumothorax", "Edema"], ["Edema", "Pneumothorax"]]
+    rows[4]["adversarial"] = [["Edema", "Cardiomegaly"]]
     result = ev.adversarial(bench(write(tmp_path, rows)))
-    assert result["n"] == 2 and result["pairs"] == "of ProbMed"
+    assert result["n"] == 3 and result["pairs"] == "of ProbMed"
     assert result["metrics"]["both"]["chance"] == 0.25
+    few = ev.adversarial(bench(write(tmp_path, rows), conditions=["Edema", "Cardiomegaly"]))
+    assert few["pairs"] == "of ProbMed" and few["n"] == 1  # of rows[4], below
 
 
 def test_normal_case_hides_a_report_among_a_pool_of_abnormal_ones(tmp_path):
@@ -484,6 +487,8 @@ def test_cxr_align_reads_the_first_negative_and_leaves_out_empty_remainders(tmp_
     result = ev.cxr_align(bench(write(tmp_path, rows)))
     assert (result["n"], result["n_B"], result["conditions"]) == (4, 3, {"Edema": 4})
     assert value(result, "A") == 0.75 and value(result, "A Edema") == 0.75
+    heads = [head for head in ev.table_cells(bench(tmp_path / "toy.jsonl"), {"": result})["Tab. 6"]]
+    assert heads == ["toy A (n=4, all)", "toy swapped A (n=0, all)", "toy B (n=3, all)"]
     only = bench(write(tmp_path, rows), conditions=["Cardiomegaly"])
     with pytest.raises(ValueError, match="negations.py IN.jsonl --out"):
         ev.cxr_align(only)
@@ -549,6 +554,24 @@ def test_fine_tuning_says_which_split_is_missing(tmp_path):
         row["split"] = row["split"].replace("val", "train")
     with pytest.raises(ValueError, match="split val.: no studies"):
         ev.fine_tune(bench(write(tmp_path, rows), split="test"))
+    for row in rows:
+        if row["id"] in ("toy/2", "toy/3"):
+            row["split"] = "val"
+            del row["labels"], row["targets"]
+    with pytest.raises(ValueError, match="split val.: fine-tune needs rows whose classes"):
+        ev.fine_tune(bench(write(tmp_path, rows), split="test"))
+
+
+def test_rows_without_truth_are_not_counted(tmp_path):
+    rows = [json.loads(line) for line in toy(tmp_path, 120).read_text().splitlines()]
+    blank = [i for i, row in enumerate(rows) if row["split"] == "test"][::4]
+    for i in blank:
+        del rows[i]["labels"], rows[i]["targets"]
+    graded = bench(write(tmp_path, rows), split="test", fraction=[1.0])
+    scored = sum(row["split"] == "test" for row in rows) - len(blank)
+    for task, metric in ((ev.zero_shot, "macro AUROC"), (ev.fine_tune, "FT100 macro AUROC")):
+        result = task(graded)
+        assert result["n"] == scored < len(graded.ids) and value(result, metric) > 0.95
 
 
 # ---- models, ranks, files
@@ -592,6 +615,29 @@ def test_a_python_file_with_load_is_a_model(tmp_path):
                     "from test_evaluate import Seer\n\n\ndef load():\n    return Seer()\n")
     model = ev.load_any(str(file), "cpu")
     assert value(ev.zero_shot(bench(toy(tmp_path), model)), "macro AUROC") == 1
+    file.write_text("name = 'no model'")
+    with pytest.raises(UserError, match="peer.py: expected a function load"):
+        ev.load_any(str(file), "cpu")
+
+
+def test_a_module_without_weights_is_a_model(tmp_path):
+    class Wrapped(Seer, torch.nn.Module):
+        pass
+
+    assert value(ev.zero_shot(bench(toy(tmp_path), Wrapped())), "macro AUROC") == 1
+
+
+def test_texts_are_encoded_in_one_order_whatever_the_hash(tmp_path):
+    asked = []
+
+    class Listening(Seer):
+        def encode_text(self, texts):
+            asked.extend(texts)
+            return super().encode_text(texts)
+
+    texts = ["bbb", "aaa", "cc", "dd", "aaaa", "abc", "cba", "bca"]
+    bench(toy(tmp_path, 8), Listening()).texts(texts)
+    assert asked == ["cc", "dd", "aaa", "abc", "bbb", "bca", "cba", "aaaa"]
 
 
 def save_run(folder):
@@ -668,6 +714,8 @@ def test_what_makes_numbers_unlike_stands_in_the_column(tmp_path):
                                     "normal-case": ev.normal_case(graded)})
     assert list(cells["Tab. 2"]) == ["toy ZS AUC (n=36, 4 classes, all)"]
     assert list(cells["Tab. 3"]) == ["toy NCD ACC (n=8, pool 3, all)"]
+    tuned = ev.table_cells(graded, {"fine-tune": ev.fine_tune(bench(toy(tmp_path, 60)))})
+    assert list(tuned["Tab. 2"]) == ["toy FT10 AUC (n=20)", "toy FT100 AUC (n=20)"]  # of test
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "{}"])
@@ -702,6 +750,17 @@ def test_pictures_without_matplotlib_are_refused_before_any_work(tmp_path, monke
     with pytest.raises(UserError, match="--figures needs matplotlib: pip install matplotlib"):
         ev.main(["no run", "--data", "no file", "--figures", str(tmp_path / "figures")])
     assert not (tmp_path / "figures").exists()
+
+
+@pytest.mark.parametrize("flags,said", [
+    (["--out", "missing/x.json"], "missing/x.json: expected a file in a folder"),
+    (["--figures", "toy.jsonl"], "toy.jsonl: expected a folder")])
+def test_a_place_that_cannot_be_written_to_is_refused_before_any_work(tmp_path, monkeypatch, flags,
+                                                                      said):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(toy(tmp_path, 8).parent)
+    with pytest.raises(UserError, match=said):
+        ev.main(["no run", "--data", "no file", *flags])
 
 
 def test_validate_gives_numbers_or_none(tmp_path):

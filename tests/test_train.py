@@ -442,6 +442,13 @@ def test_a_checkpoint_may_go_on_in_a_new_folder_but_not_in_another_runs(phantom,
     assert result["best"]["step"] == 11 and (c / "best.pt").exists()  # a's is not c's
 
 
+def test_best_pt_knows_that_it_is_the_best(phantom, tmp_path, capsys):
+    run(phantom, tmp_path / "run")
+    said = json.loads(capsys.readouterr().out)["best"]
+    state = load_checkpoint(tmp_path / "run/best.pt")["state"]
+    assert state["best"] == said and state["step"] == said["step"]
+
+
 def test_a_finished_run_is_left_as_it_is(phantom, tmp_path, capsys):
     out = tmp_path / "run"
     run(phantom, out, "--max-steps", "2")
@@ -760,8 +767,8 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(phantom, uninterrup
 
     def full(state, file):
         calls.append(1)
-        if len(calls) > 2:  # no file may grow beyond 20 kB from now on
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        if len(calls) > 2:  # no file may grow beyond 100 bytes from now on, nor the log any more
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
         save(state, file)
 
     monkeypatch.setattr(torch, "save", full)
@@ -773,6 +780,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(phantom, uninterrup
     captured = capsys.readouterr()
     assert left.value.code == 1 and not json.loads(captured.out.splitlines()[-1])["finished"]
     assert "last.pt: was not written (File too large)" in captured.err
+    assert "log.jsonl: a line was not written (File too large)" in captured.err
     assert load_checkpoint(out / "last.pt")["state"]["step"] == 4
     assert not list(out.glob(".*.pt.*"))
     monkeypatch.setattr(torch, "save", save)
