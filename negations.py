@@ -276,7 +276,7 @@ def _cut_findings(sentence):
     """A sentence for each of the findings between which a conjunction or a comma stands."""
     pieces, begin = [], 0
     for before, after in itertools.pairwise(mentions(sentence)):
-        between = (sentence, before.end, after.start + 1)
+        between = (sentence, before.end, after.start + 1)  # a letter more, for lookaheads
         gap = _CONJUNCTION.search(*between) or _COMMA.search(*between)
         if not gap or gap.start() <= begin or gap.end() > after.start:
             continue
@@ -413,7 +413,7 @@ def mentions(sentence):
     for condition in FINDINGS:
         for match in _finding(condition).finditer(lower):
             start, end = match.span()
-            value = {"denied": DENIED, "unsure": UNCERTAIN}.get(match.lastgroup)
+            value = {"denied": DENIED, "unsure": UNCERTAIN}.get(match.lastgroup)  # else None
             if match.lastgroup == "present":
                 value = _by_cues(cues, start, end)
             known = condition == OTHER and any(m.start < end and start < m.end for m in mentioned)
@@ -430,7 +430,7 @@ def _by_cues(cues, start, end):
     value = PRESENT
     for kind, first, last in reversed(cues):
         if first >= end or (kind == "end" and last > start):
-            continue
+            continue  # an end like ", and heart" may hold the finding itself
         if kind == "end":
             break
         if kind == "ignore":
