@@ -479,10 +479,6 @@ def page(study):
         parts.append(cost_section(study))
     if "labels" in study:
         parts.append(labels_section(study))
-    if study["earlier"]["sections"]:
-        commit = study["earlier"]["commit"]
-        parts.append(f"## Earlier numbers: commit {commit}\n\n{EARLIER.format(commit=commit)}")
-        parts += ["\n".join(lines) for lines in study["earlier"]["sections"].values()]
     return "\n\n".join([*parts, ASIDE, MIMIC]) + "\n"
 
 
@@ -538,7 +534,7 @@ def read_scores(result):
 
 
 def collect(study):
-    """Take what lies in runs/study into the record; the earlier numbers that it replaces go."""
+    """Take what lies in runs/study into the record."""
     for trained in sorted(STUDY.glob("results/*/trained.json")):
         results = {path.stem: read_scores(read_json(path))
                    for path in sorted(trained.parent.glob("*.json")) if path != trained}
@@ -547,11 +543,6 @@ def collect(study):
         path = STUDY / f"{name}.json"
         if path.exists():
             study[name] = read_json(path)
-    replaced = {"results": has_verdicts(study), "thresholds": bool(sweep_points(study)),
-                "cost": "cost" in study, "labels": "labels" in study}
-    for name, done in replaced.items():
-        if done:
-            study["earlier"]["sections"].pop(name, None)
 
 
 def record_text(study):
@@ -960,11 +951,6 @@ LABELS = """\
 OpenI studies of which we have both human MeSH indexing and the public CheXpert labeler's column
 (findings and impression; 1 or -1 counts as positive). Shares of r^r and r^n are judged by the
 same rules that edit them."""
-
-EARLIER = """\
-Measured with the prompts of commit {commit}; mean and standard deviation over seeds. Code,
-prompts and commands have changed since, and the values of the single seeds are gone. What a new
-run of the study replaces leaves this page."""
 
 ASIDE = """\
 ## Tried beside the study

@@ -25,7 +25,7 @@ def record(scores, result="test", data="phantom"):
         results = {result: {"commit": "abc", "command": "-", "metrics": metrics}}
         runs[f"{data}-{row}-{seed}"] = {"set": data, "row": row, "seed": seed, "commit": "abc",
                                         "command": "-", "positives": {}, "results": results}
-    return {"runs": runs, "earlier": {"commit": "old", "sections": {}}}
+    return {"runs": runs}
 
 
 def full_record():
@@ -47,8 +47,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "STUDY", tmp_path)
     for name, path in {"RECORD": "study.json", "PAGE": "STUDY.md", "FIGURE": "t.png"}.items():
         monkeypatch.setattr(study, name, tmp_path / path)
-    empty = {"runs": {}, "earlier": {"commit": "old", "sections": {"results": ["old numbers"]}}}
-    study.RECORD.write_text(study.record_text(empty), encoding="utf-8")
+    study.RECORD.write_text(study.record_text({"runs": {}}), encoding="utf-8")
     return tmp_path
 
 
@@ -170,7 +169,7 @@ def test_the_record_is_written_and_read_alike():
 
 def test_a_full_record_gives_every_table_and_verdict():
     page = study.page(full_record())
-    assert "not run" not in page and "Earlier numbers" not in page
+    assert "not run" not in page
     # systems are one point apart in the order of NAMES, noise is 0.1: all differences count
     assert "| C10 SoftCLIP falls below CLIP | SoftCLIP +1.0 ± 0.1 | **does not** |" in page
     assert "zero-shot AUC | D_t +2.0 ± 0.1; D_t+c +3.0 ± 0.1 | **holds** |" in page
@@ -234,10 +233,10 @@ def test_thresholds_are_a_table_and_a_figure(tmp_path):
     assert (tmp_path / "t.png").stat().st_size > 5000
 
 
-def test_the_report_of_an_empty_folder_keeps_the_earlier_numbers(folder, capsys):
+def test_the_report_of_an_empty_folder_has_no_verdicts(folder, capsys):
     study.main(["report"])
     page = study.PAGE.read_text(encoding="utf-8")
-    assert "old numbers" in page and "**holds**" not in page and "0 runs" in capsys.readouterr().out
+    assert "## Verdicts" not in page and "0 runs" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- data and runs
