@@ -876,9 +876,9 @@ labels now, none of the phantom's, and a fifth of all hard negatives another den
 condition where it was "displaced fracture", "lung mass", "focal consolidation" or "catheter or
 tube" before.
 
-The numbers of seeds are no result of looking at the verdicts, with one exception: the phantom's 6
-were planned before the first run, and OpenI's, 3 at first, became 5 when those 3 were known,
-since comparing prompts took weights that were no longer there."""
+The phantom's 6 seeds were planned before the first run. OpenI's, 3 at first and 2 under sigmoid,
+became 5 and 3 when the verdicts of those were known, since comparing prompts took weights that
+were no longer there."""
 
 VERDICTS = """\
 Each difference is one of means over seeds, in points, with its standard error. It counts when it
@@ -908,16 +908,16 @@ published CXR-Align; swapped A asks an image without the finding, where r^n is r
 READING = """\
 ## Reading
 
-- **Hard negatives** lift A on both sets and lower swapped A by more, so the mean of the two is
-  below CLIP's: much of the rise is a dislike of denials. With soft labels less of it is left on
-  the phantom, and on OpenI CLIP^N-D_t+c turns round: below chance in A, best in swapped A, it
-  prefers the text without the finding. The full method keeps a rise in A, and a mean of the two
-  that is about CLIP's.
+- **Hard negatives** lift A on both sets and lower swapped A by more, so CLIP^N's mean of the two
+  is below CLIP's: much of the rise is a dislike of denials. With soft labels less of the rise is
+  left on the phantom, and on OpenI CLIP^N-D_t+c turns round: below chance in A, best of the
+  softmax systems in swapped A, it prefers the text without the finding. The full method keeps a
+  rise in A, and a mean of the two that is about CLIP's.
 - **Soft labels.** The clinical stream raises zero-shot AUC on the phantom, the text stream alone
   does not. On OpenI neither is seen, but CLIP^N gains by them (C3).
-- **Prompts.** Without the normal sentences CLIP^N falls by seven points on the phantom and the rise
-  in uncentred adversarial accuracy (C8) is no longer sure there: both are in part a matter of the
-  prompts. No other verdict changes with them.
+- **Prompts.** Without the normal sentences CLIP^N falls seven points below CLIP on the phantom, and
+  the full method's rise in uncentred adversarial accuracy (C8) is no longer sure there: these are
+  in part a matter of the prompts. No other verdict changes with them.
 - **Graphs** help fine-tuning, adversarial prediction and B on the phantom, nearly as much without
   soft labels (CLIP^G) as with them; there they are made by rule from the very sentences that the
   images are drawn from. On OpenI nothing of it is seen.

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -447,6 +448,15 @@ def test_best_pt_knows_that_it_is_the_best(phantom, tmp_path, capsys):
     said = json.loads(capsys.readouterr().out)["best"]
     state = load_checkpoint(tmp_path / "run/best.pt")["state"]
     assert state["best"] == said and state["step"] == said["step"]
+
+
+def test_a_run_ends_with_the_command_that_evaluates_it(phantom, tmp_path, capsys):
+    out = tmp_path / "a run"
+    run(phantom, out, "--max-steps", "2", "--image-root", str(phantom.parent))
+    command = capsys.readouterr().err.split("evaluate it ")[1].strip()
+    assert command.startswith(f"python evaluate.py '{out}' --data {phantom} --image-root ")
+    subprocess.run([sys.executable, *shlex.split(command)[1:], "--task", "retrieval", "--split",
+                    "val", "--resamples", "2"], cwd=Path(SCRIPT).parent, check=True)
 
 
 def test_a_finished_run_is_left_as_it_is(phantom, tmp_path, capsys):
