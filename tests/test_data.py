@@ -326,7 +326,9 @@ def test_builders_open_no_image_and_count_the_missing(tmp_path, name, monkeypatc
 
 
 def test_openi_xml_takes_the_first_image_and_says_what_it_skips(tmp_path, capsys):
-    rows = build(tmp_path, "openi", openi_xml, "--keep-missing")
+    folder = tmp_path / "open[i]"  # brackets are no pattern
+    folder.mkdir()
+    rows = build(folder, "openi", openi_xml, "--keep-missing")
     assert list(rows) == ["openi/1", "openi/2", "openi/5"]
     assert rows["openi/1"]["image"] == "png/CXR1_IM-0001-1001.png"
     assert rows["openi/1"]["report"] == "Heart normal. Normal chest."
@@ -548,6 +550,12 @@ def test_damaged_tables_are_a_value_error_with_their_name(tmp_path):
         "uid,MeSH,findings,impression\n1,n,caf\xe9,\n".encode("latin-1"),
     )
     with pytest.raises(UserError, match="indiana_reports.csv:1: expected .* in UTF-8"):
+        list(data.Download(tmp_path).table("indiana_reports.csv"))
+    write(  # an unclosed quote would make one report of two patients'
+        tmp_path / "indiana_reports.csv",
+        'uid,MeSH,findings,impression\n1,n,f,"left\n2,n,f,right\n',
+    )
+    with pytest.raises(UserError, match="indiana_reports.csv:1: expected a complete CSV"):
         list(data.Download(tmp_path).table("indiana_reports.csv"))
 
 
@@ -1086,6 +1094,7 @@ def test_a_manifest_pickles_small_and_reads_the_same(tmp_path):
         '{"id": "a", "image": "b", "patient": true}',
         '{"id": "a", "image": "b", "patient": [7]}',
         '{"id": "a", "image": "b\\u0000"}',
+        '{"id": "a", "image": "b", "root": "/\\u0000"}',
         '{"id": "a", "image": "b", "report": "\\ud800"}',
         '{"id": "a", "image": "b", "labels": {"Edema": [1]}}',
         '{"id": "a", "image": "b", "graph": {"0": []}}',
