@@ -9,7 +9,7 @@ import json
 import math
 import os
 import pickle
-import tarfile
+import shutil
 import textwrap
 import time
 from collections import Counter
@@ -750,8 +750,7 @@ def test_real_openi_in_both_layouts(tmp_path):
     main(["openi", str(SHARED / "openi"), "--out", str(tmp_path / "k.jsonl")])
     kaggle = [json.loads(line) for line in open(tmp_path / "k.jsonl")]
     assert len(kaggle) == 3062 and len({row["patient"] for row in kaggle}) == 2956
-    with tarfile.open(SHARED / "openi/NLMCXR_reports.tgz") as archive:
-        archive.extractall(tmp_path / "xml", filter="data")
+    shutil.unpack_archive(SHARED / "openi/NLMCXR_reports.tgz", tmp_path / "xml")
     main(["openi", str(tmp_path / "xml"), "--out", str(tmp_path / "x.jsonl"), "--keep-missing"])
     xml = {row["id"]: row for row in map(json.loads, open(tmp_path / "x.jsonl"))}
     both = [row for row in kaggle if row["id"] in xml]

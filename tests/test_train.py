@@ -579,9 +579,9 @@ def test_a_signal_during_validation_is_heeded_at_the_next_step(phantom, uninterr
                                                                monkeypatch, capsys):
     out, validate = tmp_path / "run", train.validate
 
-    def signalled(*args):
+    def signalled(*args, **options):
         os.kill(os.getpid(), signal.SIGUSR1)
-        return validate(*args)
+        return validate(*args, **options)
 
     monkeypatch.setattr(train, "validate", signalled)
     run(phantom, out, "--max-steps", "16")
@@ -666,9 +666,9 @@ def slow_rank(rank, phantom, out):
     start_rank(rank)
     train.TIMEOUT, validate = timedelta(seconds=4), train.validate
 
-    def slow(*args):
+    def slow(*args, **options):
         time.sleep(8)
-        return validate(*args)
+        return validate(*args, **options)
 
     train.validate = slow
     run(phantom, out, "--max-steps", "1")
