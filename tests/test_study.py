@@ -4,6 +4,7 @@ SPDX-License-Identifier: MIT
 """
 
 import json
+import statistics
 
 import pytest
 import study
@@ -81,20 +82,29 @@ def test_sigmoid_rows_have_seeds_and_noise_of_their_own():
 
 
 def test_the_noise_of_softclip_is_no_other_systems():
-    values = {(row, seed): {"A": 50 + 10 * seed} for row in ("clip", "clip-n") for seed in range(2)}
-    values |= {("softclip", 0): {"A": 80}, ("softclip", 1): {"A": 10}}
+    values = {(row, seed): {"A": 50 + 10 * seed} for row in ("clip", "clip-n") for seed in range(3)}
+    values |= {("softclip", seed): {"A": x} for seed, x in enumerate((20, 60, 10))}
     scores = study.Scores(record(values), "phantom")
     assert scores.difference("A", {"clip-n": 1, "clip": -1}).error == 0
-    assert scores.difference("A", {"softclip": 1, "clip": -1}).error > 10
+    softclip = scores.difference("A", {"softclip": 1, "clip": -1})
+    paired = [20 - 50, 60 - 60, 10 - 70]  # its own differences alone
+    assert softclip.error == pytest.approx(statistics.stdev(paired) / 3**0.5)
+    assert (softclip.value, softclip.freedom) == (pytest.approx(-30), 2)
 
 
 def test_as_many_seeds_as_promised_decide():
-    difference = study.Difference(value=1.0, error=1.0, seeds=3)
+    difference = study.Difference(value=1.0, error=1.0, seeds=3, freedom=4)
     seeds = difference.seeds_to_decide()
     assert seeds == 12
     error = difference.error * (difference.seeds / seeds) ** 0.5
     assert difference.value >= 2 * error
-    assert study.Difference(0.0, 1.0, 3).seeds_to_decide() == float("inf")
+    assert study.Difference(0.0, 1.0, 3, 2).seeds_to_decide() == float("inf")
+
+
+@pytest.mark.parametrize("ratio,freedom,expected", [  # from tables of Student's t
+    (12.706, 1, 0.05), (2.447, 6, 0.05), (2.064, 24, 0.05), (3.707, 6, 0.01), (1.960, 1e6, 0.05)])
+def test_chance_is_students(ratio, freedom, expected):
+    assert study.chance_beyond(ratio, freedom) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("value,sign,expected", [
@@ -169,9 +179,9 @@ def test_the_record_is_written_and_read_alike():
 
 def test_a_full_record_gives_every_table_and_verdict():
     page = study.page(full_record())
-    assert "not run" not in page
+    assert "**not run**" not in page
     # systems are one point apart in the order of NAMES, noise is 0.1: all differences count
-    assert "| C10 SoftCLIP falls below CLIP | SoftCLIP +1.0 ± 0.1 | **does not** |" in page
+    assert "| C10 SoftCLIP falls below CLIP | SoftCLIP +1.0 ± 0.0 | **does not** |" in page
     assert "zero-shot AUC | D_t +2.0 ± 0.1; D_t+c +3.0 ± 0.1 | **holds** |" in page
     # six seeds of 50, 53, ... 65 with intervals of 2 points: 57.5 with 2 / sqrt(6)
     assert "| CLIP | 57.5 [56.7, 58.3] |" in page
