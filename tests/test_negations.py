@@ -122,6 +122,7 @@ SAYS = [  # report, its labels; No Finding follows from them unless given
     ("No effusion, patchy opacity at the left base.", {PE: 0, LO: 1}),
     ("No pneumothorax and bibasilar atelectasis is unchanged.", {PT: 0, AT: 1}),
     ("Interval resolution of edema, persistent effusions.", {ED: 0, PE: 1}),
+    ("Edema resolved, effusions persist.", {ED: 0, PE: 1}),
     ("Non-displaced left rib fracture.", {FR: 1}),
     ("Some clearing of the left basilar opacity.", {LO: 1}),
     ("No resolution of the pneumonia.", {PN: 1}),
