@@ -1198,7 +1198,8 @@ CUES = {
     "gone": """
         is|are|was|were|has|have|had
             [now|since|been|completely|entirely|essentially|subsequently]+ <solved>;
-        can be <solved>; resolved (,); ruled out; removed; removal !of; unlikely; : none|no|absent|negative .;
+        can be <solved>; resolved (,); ruled out; removed; removal !of; unlikely;
+        : none|no|absent|negative .;
         not|cannot [_] <seen> !is|are; no longer [_] <seen> !is|are;""",
     "ignore": """
         recommend*; advise*; correlat*; evaluat*|assess* for|of|to; sensitive; obscur*; history of;

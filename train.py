@@ -361,8 +361,9 @@ class Run:
         self.log_bytes = saved.get("log_bytes", sys.maxsize)  # older ones leave the log whole
         if checkpoint == self.folder / "last.pt":
             self.saved_step = self.state.step
-        if not (self.folder / "best.pt").exists():
-            self.state.best = {}  # it stayed in the folder that the checkpoint came from
+        val = self.val_rows.digest()
+        if not (self.folder / "best.pt").exists() or saved.get("val", val) != val:
+            self.state.best = {}  # it stayed in another folder, or was the best of other rows
         if saved["world"] != self.ranks.world:
             say(self.ranks, f"warning: the run had {saved['world']} ranks and has "
                 f"{self.ranks.world} now; it goes on, but not bit by bit")
@@ -424,7 +425,7 @@ class Run:
         torch.save({"model": self.clip.state_dict(), "model_config": self.clip.config,
                     "optimizer": self.optimizer.state_dict(), "state": vars(self.state),
                     "flags": self.flags(), "world": self.ranks.world,
-                    "data": self.studies.manifest.digest(),
+                    "data": self.studies.manifest.digest(), "val": self.val_rows.digest(),
                     "log_bytes": os.path.getsize(self.folder / "log.jsonl")}, buffer)
         spare = "last.damaged.pt" if self.saved_step is None else "previous.pt"
         try:

@@ -443,6 +443,24 @@ def test_a_checkpoint_may_go_on_in_a_new_folder_but_not_in_another_runs(phantom,
     assert result["best"]["step"] == 11 and (c / "best.pt").exists()  # a's is not c's
 
 
+def test_other_val_rows_have_a_best_of_their_own(phantom, tmp_path, capsys):
+    lines = phantom.read_text(encoding="utf-8").splitlines(keepends=True)
+    val = [line for line in lines if json.loads(line)["split"] == "val"]
+    other = phantom.with_name("other_val.jsonl")
+    other.write_text("".join(val[::2]), encoding="utf-8")
+    bests = {}
+    for name, flags in {"same": [], "others": ["--val", str(other)]}.items():
+        out = tmp_path / name
+        run(phantom, out, "--max-steps", "10")
+        state = load_checkpoint(out / "last.pt")
+        state["state"]["best"] |= {"auroc": 1.0}  # which no later validation beats
+        torch.save(state, out / "last.pt")
+        capsys.readouterr()
+        run(phantom, out, "--max-steps", "11", "--resume", "latest", *flags)
+        bests[name] = json.loads(capsys.readouterr().out)["best"]["step"]
+    assert bests == {"same": 10, "others": 11}
+
+
 def test_best_pt_knows_that_it_is_the_best(phantom, tmp_path, capsys):
     run(phantom, tmp_path / "run")
     said = json.loads(capsys.readouterr().out)["best"]
