@@ -27,7 +27,7 @@ gradient of the loss of the whole batch.
 
 Symbols, in shapes:
     B, N   studies of this rank, and of all ranks: N = world x B
-    R, M   rows and columns of reports with their hard negatives, 2B and 2N; without: B and N
+    R, M   rows and columns of texts: B and N; with hard negatives M = 2N, with graphs too R = 2B
     n, m   rows and columns of one pair's logits
     D, K   width of the embeddings, number of labels
 

@@ -1140,7 +1140,7 @@ FINDINGS = {
         [_] tube|tubes; tracheostomy; *catheter|*catheters; pace-maker|pace-makers; [_] port;
         port-a-cath*; mediport;
         central|venous|picc|ij|jugular|subclavian|arterial [_] line|lines; picc|piccs;
-        infusion|chest port; prosthe*; hardware; screw|screws; stent|stents; icd|aicd;
+        prosthe*; hardware; screw|screws; stent|stents; icd|aicd;
         pacer|pacing|icd|aicd|ventricular|monitor* [_] lead|leads|wire|wires;
         defibrillator|defibrillators|stimulator|stimulators|generator|generators;
         sternal|sternotomy|cerclage wire|wires|suture|sutures; [_] clip|clips; [_] device|devices;

@@ -725,8 +725,7 @@ def parse_args(argv=None):
             help="threshold; start from one at which a report has a few positives (shown before "
             "step 1 for text) and watch them in log.jsonl: at 1 labels are one-hot, near the "
             "number of texts they have collapsed")
-    add("--row-chunk", type=minimum(1),
-        help="evaluate the loss that many rows at a time, to save memory")
+    add("--row-chunk", type=minimum(1), help="rows of the loss at a time; fewer save memory")
     # ASSUMPTION: AdamW's rate, schedule, epochs, batch are CXR-CLIP's; tiny encoders get lr 1e-3.
     # DIFFERS from CXR-CLIP: gradients are clipped, norms, biases, temperature do not decay.
     add = parser.add_argument_group("optimisation").add_argument
@@ -739,16 +738,14 @@ def parse_args(argv=None):
         help="peak learning rate; none: 5e-5, or 1e-3 with two tiny encoders")
     add("--weight-decay", type=minimum(0, float), default=1e-4,
         help="not on norms, biases and temperature")
-    add("--warmup-epochs", type=minimum(0, float), default=1.0,
-        help="linear warm-up before the cosine")
+    add("--warmup-epochs", type=minimum(0, float), default=1.0, help="linear, before the cosine")
     add("--clip", type=minimum(1e-9, float), default=1.0, help="largest gradient norm")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 autocasts the encoders")
     add("--seed", type=minimum(0), default=0, help="weights, data order, augmentation, dropout")
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="runs/NAME", help="run folder; none: a fresh one below runs/")
     add("--resume", metavar="PATH|latest", help="a checkpoint, or the newest intact one of --out")
-    add("--checkpoint-every", type=minimum(1), default=500, metavar="STEPS",
-        help="steps between saves")
+    add("--checkpoint-every", type=minimum(1), default=500, help="steps between saves")
     args = parser.parse_args(argv)
     if args.resume == "latest" and not args.out:
         parser.error("--resume latest: expected --out, the run folder to continue")

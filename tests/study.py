@@ -160,9 +160,9 @@ def residuals(rows):
 def chance_beyond(ratio, freedom):
     """How often chance alone goes beyond so many standard errors: two tails of Student's t."""
     x = np.linspace(0, ratio, 10_001)
-    log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
-    density = math.exp(log_scale) / math.sqrt(freedom * math.pi)
-    density = density * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+    log_ratio = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
+    peak = math.exp(log_ratio) / math.sqrt(freedom * math.pi)
+    density = peak * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
     return 1 - 2 * float(np.trapezoid(density, x))
 
 
@@ -877,9 +877,13 @@ their own, show the scale of a real run and are not comparable with ours."""
 
 SETUP = """\
     python tests/study.py train --openi DOWNLOAD     # hours, two runs at once; stop and go on
-    python tests/study.py evaluate --split val       # prompts and thresholds are chosen here
+    python tests/study.py evaluate --split val       # prompts are chosen here
     python tests/study.py evaluate --split test
     python tests/study.py evaluate --split test --plain-prompts
+    python tests/study.py train --sets phantom-sweep openi-sweep
+    python tests/study.py evaluate --split val --sets phantom-sweep openi-sweep
+    python tests/study.py cost
+    python tests/study.py labels
     python tests/study.py report
 
 The phantom has 1,600 drawn training studies (180 steps of 128; 196 with 2,000 normal studies
