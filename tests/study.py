@@ -49,7 +49,7 @@ from data import (  # noqa: E402
     read_jsonl,
     run_main,
 )
-from evaluate import NORMAL, prompts  # noqa: E402
+from evaluate import NORMAL, prompts, provenance  # noqa: E402
 from negations import annotate  # noqa: E402
 
 STUDY = Path("runs/study")
@@ -309,7 +309,7 @@ def runs_section(study):
         scores = Scores(study, data)
         names = [f"{system}+{added}" if added else system for system in systems]
         done = sorted({len(scores.rows.get(name, ())) for name in names})
-        commits = {run["commit"] for run in study["runs"].values()
+        commits = {run["commit"] or "unknown" for run in study["runs"].values()
                    if run["set"] == data and run["row"] in names and "test" in run["results"]}
         rows.append([SETS[data] + ADDED[added], ", ".join(NAMES[s] for s in systems), planned,
                      " to ".join(map(str, sorted({done[0], done[-1]}))),
@@ -742,9 +742,8 @@ def labels():
     status, printed = call(words, STUDY / "labels.txt")
     if status != 0:
         raise UserError(f"{words[0]} failed, see {STUDY / 'labels.txt'}")
-    commit = subprocess.check_output(["git", "-C", ROOT, "describe", "--always", "--dirty"],
-                                     encoding="utf-8").strip()
-    write_json(STUDY / "labels.json", {"command": command_line(words), "commit": commit,
+    write_json(STUDY / "labels.json", {"command": command_line(words),
+                                       "commit": provenance()["git"],
                                        "lines": printed.splitlines()})
 
 
