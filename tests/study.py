@@ -309,7 +309,7 @@ def runs_section(study):
         scores = Scores(study, data)
         names = [f"{system}+{added}" if added else system for system in systems]
         done = sorted({len(scores.rows.get(name, ())) for name in names})
-        commits = {run["commit"] or "unknown" for run in study["runs"].values()
+        commits = {run["commit"] for run in study["runs"].values()
                    if run["set"] == data and run["row"] in names and "test" in run["results"]}
         rows.append([SETS[data] + ADDED[added], ", ".join(NAMES[s] for s in systems), planned,
                      " to ".join(map(str, sorted({done[0], done[-1]}))),
@@ -549,7 +549,7 @@ def read_scores(result):
             "value": round(100 * score["value"], 3),
             "interval": [round(100 * bound, 3) for bound in score["interval"]],
             "n": n, "chance": None if chance is None else round(100 * chance, 3)}
-    return {"commit": result["git"], "command": result["command"], "metrics": metrics}
+    return {"commit": result["git"] or "unknown", "command": result["command"], "metrics": metrics}
 
 
 def collect(study):
@@ -669,7 +669,7 @@ def train(run):
     if not json.loads(printed.splitlines()[-1])["finished"]:
         return f"{run.name}: training was stopped; the same command goes on with it"
     write_json(done, {"set": run.set, "row": run.row, "seed": run.seed,
-                      "commit": read_json(folder / "config.json")["git"],
+                      "commit": read_json(folder / "config.json")["git"] or "unknown",
                       "command": command_line(words), "positives": positives(folder)})
     return None
 
@@ -732,8 +732,9 @@ def cost():
         steps = log_steps(folder)[12:]
         rows[system] = [statistics.median(1 / step["images_per_s"] for step in steps),
                         steps[-1]["memory_mb"]]
+    commit = read_json(folder / "config.json")["git"] or "unknown"
     write_json(STUDY / "cost.json", {"command": "python tests/study.py cost", "rows": rows,
-                                     "commit": read_json(folder / "config.json")["git"]})
+                                     "commit": commit})
 
 
 def labels():
@@ -743,7 +744,7 @@ def labels():
     if status != 0:
         raise UserError(f"{words[0]} failed, see {STUDY / 'labels.txt'}")
     write_json(STUDY / "labels.json", {"command": command_line(words),
-                                       "commit": provenance()["git"],
+                                       "commit": provenance()["git"] or "unknown",
                                        "lines": printed.splitlines()})
 
 
