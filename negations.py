@@ -1,21 +1,19 @@
 """Labels, clean reports, hard negatives and graphs of chest X-ray reports (Sec. 3, 4.1, Fig. 2).
 
-    python negations.py IN.jsonl --out OUT.jsonl     (--labeler, --llm, --graphs: see --help)
+    python negations.py IN.jsonl --out OUT.jsonl     (--labeler, --graphs: see --help)
 
 Fig. 2 as a local pipeline: a report r is split into sentences of one clinical entity without
 comparison to priors; its positive conditions are found; for each of them the sentences about it are
 removed (r^r, `omit`) and a denial is put at the beginning, middle or end (r^n, `negate`). Rules do
-all of it. Models that run on this machine may replace the labeler (CheXbert) and the editor (an
-instruct model, whose answers the rules check). Labels: 1 present, 0 denied, -1 uncertain.
+all of it; CheXbert, if you have it, may replace the labeler. Labels: 1 present, 0 denied, -1
+uncertain.
 
 In this order: the pipeline, omission and denial, splitting and clean-up, what a sentence says,
-graphs, models that you may have, files, and last the tables, which are written in words.
+graphs, CheXbert, files, and last the tables, which are written in words.
 
 SPDX-License-Identifier: MIT
 """
 import argparse
-import contextlib
-import fcntl
 import functools
 import itertools
 import json
@@ -37,7 +35,6 @@ from data import (
     open_atomic,
     open_file,
     parallel,
-    parse_line,
     read_json,
     read_jsonl,
     run_main,
@@ -50,19 +47,18 @@ NOTHING_LEFT = "Frontal chest radiograph."
 cached = functools.lru_cache(1 << 15)  # the same sentences come again and again
 
 
-def annotate(record, *, seed=0, labels=None, graph=None, edit=None):
+def annotate(record, *, seed=0, labels=None, graph=None):
     """Fig. 2 for one record of a manifest; pure, deterministic in (seed, record["id"]).
 
     record: dict with id and report. labels: the cleaned report's; None is `label_report`. graph:
-    r's RadGraph record; else the record's own, else by rule. edit: an `Editor`; None leaves
-    editing to the rules.
+    r's RadGraph record; else the record's own, else by rule.
     Returns the record with report (cleaned), original_report, labels, graph and hard_negatives: one
     per positive condition that the rules find in the text, CXR-Align's choice first (Sec. 3).
     """
     rng = random.Random(f"{seed}/{record['id']}")
 
     # (i) one clinical entity a sentence, without comparison to earlier examinations
-    sentences = clean(record, edit)
+    sentences = clean(record)
     report = " ".join(sentences)
     if labels is None:
         labels = label_report(report)
@@ -74,8 +70,6 @@ def annotate(record, *, seed=0, labels=None, graph=None, edit=None):
     for condition in rng.sample(conditions, len(conditions)):
         # (ii) r^r: the sentences related to the entity removed
         rest = omit_from(sentences, condition)
-        if edit:
-            rest = edit("omission", report, rest, condition)
         if rest == sentences:  # the label comes from elsewhere, the text does not say so
             continue
         # r^n: its negation at the beginning, in the middle or at the end
@@ -97,11 +91,9 @@ def original_report(record):
     return record.get("original_report", record["report"])
 
 
-def clean(record, edit=None):
+def clean(record):
     """Sentences of one clinical entity each, without comparison to earlier examinations."""
-    original = original_report(record)
-    sentences = split_sentences(remove_temporal(original))
-    return edit("clean-up", original, sentences) if edit else sentences
+    return split_sentences(remove_temporal(original_report(record)))
 
 
 def brought_graph(record):
@@ -203,7 +195,7 @@ _VERB = re.compile(r"\b(?:is|are|there|no|without|with|of)\b")
 
 def split_sentences(text):
     """Sentences of one clinical entity each, where rules can cut lists and the like (Sec. 3)."""
-    # DIFFERS from Sec. 3: rules split and omit, where the paper asks Gemini; --llm asks your model.
+    # DIFFERS from Sec. 3: rules split and omit, where the paper asks Gemini.
     return [piece for sentence in _sentences(text) for piece in _split(sentence)]
 
 
@@ -748,8 +740,7 @@ def find_graph(graphs, where, record, number):
     return graph
 
 
-# ---------------------------------------------------------------- models that you may have
-# They run on this machine: nothing here sends a report anywhere.
+# ---------------------------------------------------------------- CheXbert
 
 
 class CheXbert:
@@ -800,65 +791,6 @@ class CheXbert:
                 for row in zip(*classes, strict=True)]
 
 
-def local_model(name):
-    """generate(prompt) -> the answer of an instruct model (folder or hub id) run here, greedy."""
-    from transformers import pipeline
-    try:
-        chat = pipeline("text-generation", name, dtype="auto")
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"--llm {name}: expected a folder or hub id of a causal language model "
-                        f"({reason})") from None
-    expect(chat.tokenizer.chat_template, f"--llm {name}", "an instruct model, with a chat template")
-
-    def generate(prompt):
-        messages = [{"role": "user", "content": prompt}]
-        [answer] = chat(messages, do_sample=False, max_new_tokens=400, return_full_text=False)
-        return answer["generated_text"]
-    return generate
-
-
-PROMPTS = {
-    "clean-up": """
-        Rewrite this chest X-ray report so that each sentence states exactly one finding, device or
-        denied finding. Leave out comparisons with earlier examinations (stable, new, improved),
-        but keep the finding itself. Add nothing. Answer with the sentences alone, one a line.""",
-    "omission": """
-        Delete from this chest X-ray report whatever concerns "{}", stated or denied. Copy all other
-        sentences unchanged. Answer with the remaining sentences alone, one a line.""",
-}
-
-
-class Editor:
-    """A model's sentences, if they say what the rules' draft says and bring no new place, grade or
-    number; else the draft.
-
-    generate: a function from prompt to answer. counts: how often which.
-    """
-
-    def __init__(self, generate):
-        self.generate, self.counts = generate, Counter()
-
-    def __call__(self, step, text, draft, condition=None):
-        """A step of PROMPTS on a text, for which the rules' sentences are the draft."""
-        task = " ".join(PROMPTS[step].format(condition).split())
-        answer = self.generate(f"{task}\n\nReport: {text}")
-        lines = (_finish(line.strip(" *-")) for line in answer.splitlines())
-        sentences = [sentence for line in lines for sentence in _sentences(line)]
-        new = _details(" ".join(sentences)) - _details(text)
-        if sentences and not new and _said(sentences) == _said(draft):
-            self.counts[f"{step}: by the model"] += 1
-            return sentences
-        self.counts[f"{step}: fell back to the rules"] += 1
-        return draft
-
-
-def _details(text):
-    """The places, grades and numbers of a text."""
-    words = _WORD.findall(text.lower())
-    return {w for w in words if w[0].isdigit() or _is("place", w) or _is("grade", w)}
-
-
 # ---------------------------------------------------------------- files
 
 
@@ -891,10 +823,10 @@ def label_jobs(jobs, labeler, size=32):
             yield record, graph, labels
 
 
-def annotate_job(job, seed, edit=None):
+def annotate_job(job, seed):
     """A job as the line to write, in bytes, and what is to be counted of it."""
     record, graph, labels = job
-    record = annotate(record, seed=seed, labels=labels, graph=graph, edit=edit)
+    record = annotate(record, seed=seed, labels=labels, graph=graph)
     line = json.dumps(record, ensure_ascii=False) + "\n"
     counts = Counter(f"positive: {condition}" for condition in positives(record["labels"]))
     skipped = counts.total() - len(record["hard_negatives"])
@@ -903,30 +835,6 @@ def annotate_job(job, seed, edit=None):
     counts["with hard negatives"] = int(bool(record["hard_negatives"]))
     counts["without text"] = int(not record["report"])
     return line.encode("utf-8", "replace"), counts
-
-
-@contextlib.contextmanager
-def open_continued(path, jobs):
-    """PATH.part, locked, behind an earlier run's whole lines, whose jobs are passed over."""
-    part = f"{path}.part"
-    try:
-        file = open(part, "a+b")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UserError(f"{part}: expected a file for this run alone ({error.strerror})") from None
-    with file:
-        file.seek(0)
-        for line in file:
-            if not line.endswith(b"\n"):  # as a kill leaves it
-                file.truncate(file.tell() - len(line))
-                break
-            record, *_ = next(jobs, [{}])
-            expect(parse_line(part, line).get("id") == record.get("id"), part,
-                   "the manifest's studies in order; delete it to start afresh")
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def parse_args(argv=None):
@@ -938,13 +846,11 @@ def parse_args(argv=None):
     add("--labeler", choices=("rules", "chexbert", "given"), default="rules",
         help="given: the manifest's labels, as from MIMIC's and CheXpert's own tables")
     add("--chexbert", metavar="CKPT", help="chexbert.pth, for --labeler chexbert")
-    add("--llm", metavar="MODEL", help="local instruct model that edits; the rules check it; the "
-        "same command goes on with OUT.jsonl.part after an interruption")
     add("--graphs", default="rules", metavar="rules|FILE.json", help="RadGraph's file, or by rule")
     add("--seed", type=minimum(0), default=0,
         help="draws order, phrasing and position of the denials")
     add("--workers", type=minimum(0), default=os.cpu_count() or 1,
-        help="processes, where rules do all of it")
+        help="processes, unless CheXbert labels")
     args = parser.parse_args(argv)
     if (args.labeler == "chexbert") != bool(args.chexbert):
         raise UserError("--labeler chexbert and --chexbert CKPT go together")
@@ -967,19 +873,15 @@ def main(argv=None):
             counts["graphs: not in the file, made by rule"] += 1
 
     jobs = read_jobs(args.manifest, args.labeler, graphs)
-    output = open_continued(out, jobs) if args.llm else open_atomic(out, "wb")
-    editor = Editor(local_model(args.llm)) if args.llm else None
     if args.chexbert:
         jobs = label_jobs(jobs, CheXbert(args.chexbert))
-    workers = 1 if args.llm or args.chexbert else args.workers
-    with output as file:
-        work = functools.partial(annotate_job, seed=args.seed, edit=editor)
+    workers = 1 if args.chexbert else args.workers
+    with open_atomic(out, "wb") as file:
+        work = functools.partial(annotate_job, seed=args.seed)
         lines = parallel(work, jobs, workers)
         for line, line_counts in tqdm(lines, unit=" studies", total=studies, disable=None):
             file.write(line)
             counts.update(line_counts)
-    if editor:
-        counts.update(editor.counts)
     for name, number in sorted(counts.items()):
         print(f"{name:52s}{number:10,d}")
 

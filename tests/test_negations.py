@@ -7,7 +7,6 @@ All sentences here are made up. The tests on OpenI's reports skip where ../share
 SPDX-License-Identifier: MIT
 """
 import csv
-import fcntl
 import functools
 import hashlib
 import json
@@ -627,8 +626,6 @@ def test_mistakes_name_file_and_line_and_show_no_report(tmp_path):
     for out in (source, tmp_path, tmp_path / "fifo", "/dev/null"):
         with pytest.raises(UserError, match="expected a file, another than those that are read"):
             N.main([str(source), "--out", str(out)])
-    with pytest.raises(UserError, match=f"--llm {tmp_path}: expected a folder"):
-        N.main([str(source), "--out", str(tmp_path / "out.jsonl"), "--llm", str(tmp_path)])
     assert source.read_text() == good + "\n"
     source.write_bytes(b'{"id": "\xff"}\n')
     with pytest.raises(ValueError, match="in.jsonl:1: expected one JSON object in UTF-8"):
@@ -727,71 +724,6 @@ def test_chexbert_labels_a_manifest(chexbert, tmp_path, monkeypatch):
     N.main([str(source), "--out", str(out), "--labeler", "chexbert", "--chexbert", str(path)])
     records = read(out)
     assert [r["labels"] for r in records] == N.CheXbert(path)([r["report"] for r in records])
-
-
-@pytest.mark.parametrize(("clean", "omitted", "taken"), [
-    ("Cardiomegaly.\nThere is a small effusion.", "Cardiomegaly.", (1, 1)),
-    ("- Cardiomegaly.", "Cardiomegaly.", (0, 1)),                           # a finding is lost
-    ("Cardiomegaly. Small effusion. Pneumonia.", "Cardiomegaly.", (0, 1)),  # one is invented
-    ("Cardiomegaly. Small left effusion.", "Cardiomegaly.", (0, 1)),        # so is a side
-    ("Sure! I cannot help.", "Cardiomegaly. Small effusion.", (0, 0)),      # nothing is omitted
-    ("Cardiomegaly. Small effusion.", "No cardiomegaly.", (1, 0)),          # another is denied
-])
-def test_a_models_edits_are_checked_and_fall_back_to_the_rules(clean, omitted, taken):
-    answers = [clean, omitted]
-    editor = N.Editor(lambda prompt: answers.pop(0))
-    out = N.annotate({"id": "1", "report": "Stable cardiomegaly. Small effusion."},
-                     labels={PE: 1}, edit=editor)
-    assert (editor.counts["clean-up: by the model"],
-            editor.counts["omission: by the model"]) == taken
-    assert editor.counts["clean-up: fell back to the rules"] == 1 - taken[0]
-    assert N.label_report(out["report"]) == {C: 1, PE: 1}
-    assert ("There is a" in out["report"]) == ("There is a" in clean)
-    assert out["hard_negatives"][0]["omitted"] == "Cardiomegaly."
-
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory):
-    """A tiny random language model with a chat template: what it says is never taken."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    folder = tmp_path_factory.mktemp("llm")
-    words = Tokenizer(models.WordLevel({"[UNK]": 0, "no": 1, "effusion": 2, ".": 3}, "[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token=".")
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=4, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                         num_attention_heads=1, max_position_embeddings=512, eos_token_id=3)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-def test_a_run_with_a_language_model_continues_what_it_has_written_alone(tmp_path, llm, capsys):
-    source, out = manifest(tmp_path / "in.jsonl", 6), tmp_path / "out.jsonl"
-    part = Path(f"{out}.part")
-    arguments = [str(source), "--out", str(out), "--llm", str(llm)]
-    N.main(arguments)
-    assert "clean-up: fell back to the rules" in capsys.readouterr().out
-    whole = out.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    assert len(lines) == 6 and not part.exists()
-    part.write_bytes(lines[0] + lines[1] + lines[2][:40])  # as a kill leaves it
-    N.main(arguments)
-    assert out.read_bytes() == whole and not part.exists()
-    assert re.search(r"^studies +4$", capsys.readouterr().out, re.M)  # two were there
-    part.write_bytes(lines[1])
-    with pytest.raises(UserError, match="out.jsonl.part: expected the manifest's studies in order"):
-        N.main(arguments)
-    part.write_bytes(whole + lines[0])
-    with pytest.raises(UserError, match="out.jsonl.part: expected the manifest's studies in order"):
-        N.main(arguments)
-    with open(part, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="out.jsonl.part: expected a file for this run alone"):
-            N.main(arguments)
 
 
 @pytest.mark.parametrize("text", [

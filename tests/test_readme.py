@@ -1,4 +1,4 @@
-"""The README says what is true: its assumptions, names, commands and example.
+"""The README says what is true: its names, commands and example.
 
 SPDX-License-Identifier: MIT
 """
@@ -28,7 +28,6 @@ from loss import DynamicSoftContrastiveLoss
 
 ROOT = Path(train.__file__).resolve().parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TAG = re.compile(r"# (ASSUMPTION|DIFFERS from [^:]+): (.+)")
 
 
 def commands():
@@ -39,15 +38,6 @@ def commands():
             script = next((i for i, w in enumerate(words) if w.endswith(".py")), None)
             if words and words[0] in ("python", "torchrun") and script is not None:
                 yield words[script], words[script + 1:]
-
-
-def test_assumptions_and_differences_are_the_same_in_code_and_readme():
-    code = {(path.name, kind, text.strip()) for path in ROOT.glob("*.py")
-            for kind, text in TAG.findall(path.read_text(encoding="utf-8"))}
-    rows = re.findall(r"^\| `(\w+.py)` \| ((?:ASSUM|DIFFERS).*) \|$", README, re.M)
-    table = {(file, *item.split(": ", 1)) for file, items in rows for item in items.split("<br>")}
-    assert len(code) > 20
-    assert table == code
 
 
 def test_the_map_names_code_and_tests_that_exist():
