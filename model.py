@@ -2,7 +2,7 @@
 
     image  (B, 1|3, H, W) -> Swin-Tiny, mean over the feature map  -> Linear -> v, unit rows (B, D)
     text   B reports      -> BERT, last hidden state of [CLS]      -> Linear -> T, unit rows (B, D)
-    graph  B records      -> GCN over entity phrases (gcn.py)      -> Linear -> G, unit rows (B, D)
+    graph  B records      -> GCN over entity phrases (gcn.py)                -> G, unit rows (B, D)
 
 `ClinicalCLIP.forward` embeds a whole batch, hard negatives included, so that one call is all that
 DistributedDataParallel wraps. `load_model` reads a run folder, a checkpoint, an exported folder or
@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 
-from gcn import GCN, NODE_LABELS, collate_graphs, sparse_a_hat
+from gcn import GCN, NODE_LABELS, collate_graphs
 
 MAX_TOKENS = 256                   # CXR-CLIP's; BERT itself ends at 512
 # ASSUMPTION: pixels in [0, 1] are normalised to [-1, 1], for pretrained weights too.
@@ -77,8 +77,7 @@ class ClinicalCLIP(nn.Module):
             features = self.text_encoder.width + len(NODE_LABELS)
             # ASSUMPTION: a report without entities is one learned empty node.
             self.empty_node = nn.Parameter(torch.randn(features) * 0.02)
-            self.gcn = GCN(features, GRAPH_HIDDEN, GRAPH_HIDDEN)
-            self.graph_projection = nn.Linear(GRAPH_HIDDEN, width, bias=False)
+            self.gcn = GCN(features, GRAPH_HIDDEN, width)
         # Sec. 4.3's node embeddings, a row a phrase. Report text: a plain tensor, so that no
         # checkpoint holds it.
         self.phrase_row = {None: 0}  # the empty node's, whose index is -1
@@ -123,9 +122,8 @@ class ClinicalCLIP(nn.Module):
         # ASSUMPTION: a node is its phrase's mean hidden state and its RadGraph label's one-hot.
         x = torch.cat([self.phrase_table[row[node]], one_hot[graph["label"]]], dim=1)  # (V, H+4)
         x = torch.where(node[:, None] < 0, self.empty_node, x)                # (V, H+4)
-        g = self.gcn(x, sparse_a_hat(graph), graph["graph_index"], graph["sizes"])  # (B, hidden)
         # ASSUMPTION: graph embeddings are normalised like those of images and texts.
-        return F.normalize(self.graph_projection(g).float(), dim=-1)
+        return F.normalize(self.gcn(x, graph).float(), dim=-1)                # (B, D)
 
     def forward(self, batch):
         """Fig. 3's encoders: the arguments of the framework's loss in loss.py, but the labels.

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gcn
-from gcn import GCN, NODE_LABELS, GraphError, collate_graphs, read_radgraph, sparse_a_hat
+from gcn import GCN, NODE_LABELS, GraphError, collate_graphs, read_radgraph
 
 V1 = {"text": "no effusion left base", "entities": {
     "1": {"tokens": "effusion", "label": "OBS-DA", "start_ix": 1, "end_ix": 1,
@@ -52,8 +52,16 @@ def network(seed=0, dtype=torch.float32):
 
 
 def run(net, records, x):
+    return net(x, collate_graphs(records))
+
+
+def a_hat_of(records):
+    """The batch's A_hat as a dense matrix."""
     graphs = collate_graphs(records)
-    return net(x, sparse_a_hat(graphs).to(x.dtype), graphs["graph_index"], graphs["sizes"])
+    nodes = len(graphs["node"])
+    a_hat = torch.zeros(nodes, nodes)
+    a_hat[tuple(graphs["a_indices"])] = graphs["a_values"]
+    return a_hat
 
 
 def dense(net, x, edges):
@@ -68,7 +76,7 @@ def dense(net, x, edges):
 
 
 def test_adjacency_of_a_path_of_three_nodes_by_hand():
-    a_hat = sparse_a_hat(collate_graphs([record(3, (0, 1), (1, 2))])).to_dense()
+    a_hat = a_hat_of([record(3, (0, 1), (1, 2))])
     # degrees with self loops: 2, 3, 2
     s = 6 ** -0.5
     assert torch.allclose(a_hat, torch.tensor([[1 / 2, s, 0], [s, 1 / 3, s], [0, s, 1 / 2]]))
@@ -93,18 +101,17 @@ def test_gcn_of_three_nodes_by_hand():
 
 
 def test_repeated_edges_both_directions_and_self_loops_leave_the_adjacency_zero_or_one():
-    once = sparse_a_hat(collate_graphs([record(3, (0, 1))])).to_dense()
-    messy = sparse_a_hat(collate_graphs([record(3, (0, 1), (0, 1), (1, 0), (2, 2))])).to_dense()
+    once = a_hat_of([record(3, (0, 1))])
+    messy = a_hat_of([record(3, (0, 1), (0, 1), (1, 0), (2, 2))])
     assert torch.equal(once, messy)
     assert once[2].tolist() == [0, 0, 1]  # an isolated node keeps itself
 
 
-def test_the_sparse_matrix_is_sorted_distinct_and_symmetric_as_it_claims_to_be():
+def test_each_entry_of_the_adjacency_is_there_once_and_it_is_symmetric():
     records, _ = random_records([3, 0, 1, 6])
-    a_hat = sparse_a_hat(collate_graphs(records))
-    pairs = [tuple(pair) for pair in a_hat.indices().T.tolist()]
-    assert a_hat.is_coalesced() and pairs == sorted(set(pairs))
-    assert torch.equal(a_hat.to_dense(), a_hat.to_dense().T)
+    pairs = collate_graphs(records)["a_indices"].T.tolist()
+    assert pairs == sorted(pairs) and len({tuple(pair) for pair in pairs}) == len(pairs)
+    assert torch.equal(a_hat_of(records), a_hat_of(records).T)
 
 
 def test_a_batch_and_its_gradients_equal_dense_graphs_one_by_one():
@@ -181,11 +188,11 @@ def test_autocast_does_not_lower_the_precision():
 
 def test_shapes_that_do_not_fit_are_refused():
     graphs = collate_graphs([record(3, (0, 1))])
-    a_hat, graph_index, sizes = sparse_a_hat(graphs), graphs["graph_index"], graphs["sizes"]
-    for x, index in ((torch.zeros(2, 5), graph_index), (torch.zeros(3, 5), graph_index[:2]),
-                     (torch.zeros(3, 5), graph_index + 1)):
+    good = graphs["graph_index"]
+    for x, index in ((torch.zeros(2, 5), good), (torch.zeros(3, 5), good[:2]),
+                     (torch.zeros(3, 5), good + 1)):
         with pytest.raises((RuntimeError, IndexError)):
-            network()(x, a_hat, index, sizes)
+            network()(x, graphs | {"graph_index": index})
 
 
 def test_both_label_styles_are_read():
@@ -270,15 +277,14 @@ def test_collated_graphs_keep_each_phrase_once_and_shift_edges():
 def test_a_batch_of_empty_graphs_has_one_node_a_graph_and_no_phrase():
     batch = collate_graphs([{}, {}])
     assert batch["phrases"] == [] and batch["node"].tolist() == [-1, -1]
-    assert sparse_a_hat(batch).to_dense().tolist() == [[1, 0], [0, 1]]
+    assert a_hat_of([{}, {}]).tolist() == [[1, 0], [0, 1]]
     assert batch["sizes"].tolist() == [1, 1]
 
 
 def test_the_file_works_alone(tmp_path):
     shutil.copy(Path(gcn.__file__), tmp_path)
     script = ("import torch, gcn; b = gcn.collate_graphs([{}]); net = gcn.GCN(3, 4, 5);"
-              "a_hat = gcn.sparse_a_hat(b);"
-              "print(net(torch.zeros(1, 3), a_hat, b['graph_index'], b['sizes']).shape)")
+              "print(net(torch.zeros(1, 3), b).shape)")
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr

@@ -293,6 +293,14 @@ def test_a_saved_model_gives_the_same_rows_without_its_sources(text, how, bert_f
     assert torch.equal(again.encode_graph([V1, {}]), model.encode_graph([V1, {}]))
 
 
+def test_a_checkpoint_of_the_former_graph_stream_is_refused_in_one_line(tmp_path):
+    state = tiny().state_dict() | {"graph_projection.weight": torch.zeros(8, 256)}
+    torch.save({"model": state, "model_config": tiny().config}, tmp_path / "last.pt")
+    with pytest.raises(ModelError, match="last.pt: weights do not fit: .*graph_proj") as error:
+        load_model(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_swin_weights_are_loaded_from_a_file_and_must_fit(tmp_path):
     from torchvision.models import swin_t
     torch.manual_seed(5)
