@@ -253,7 +253,7 @@ def summary(record, number, offset, length):
         "line": number, "offset": offset, "length": length,
         "split": record.get("split", ""),
         "patients": patient_hash(patient_of(record)),
-        "reports": patient_hash(record.get("report", "")),
+        "reports": patient_hash(record.get("report", "").strip()),
         "positives": [labels.get(name) == 1 for name in CONDITIONS],               # (14,)
         "negatives": len(negatives),
         "labelled": all({"report", "labels"} <= side.keys() for side in sides),
@@ -1457,7 +1457,8 @@ DICOM = (".dcm", ".dicom")
 SUFFIXES = (".png", ".jpg", ".jpeg", *DICOM)
 
 CLASS_NAMES = {name.lower(): name for name in CONDITIONS} | {
-    "effusion": "Pleural Effusion", "normal": "No Finding"}
+    "effusion": "Pleural Effusion", "normal": "No Finding",
+    "other diseases": "Other disease"}  # so in VinDr's train table
 MESH = """
     Pulmonary Atelectasis: Atelectasis
     Cardiomegaly: Cardiomegaly
@@ -1590,17 +1591,19 @@ FRAMES = """
     {} is again seen.
     no significant change in {}.
     new {} since the prior radiograph."""
-ABSENT = {  # by the conditions that a sentence denies
+ABSENT = {  # by the conditions that a sentence denies, in the words of negations.py's denials
     "Cardiomegaly": """
         the heart is normal in size.
         heart size is normal.
-        no cardiomegaly.""",
+        the heart is not enlarged.
+        no cardiac enlargement.""",
     "Enlarged Cardiomediastinum": """
         normal mediastinal contours.
         the mediastinum is not widened.""",
     "Pleural Effusion": """
         no pleural effusion.
-        there is no effusion on either side.""",
+        no pleural fluid.
+        there is no pleural effusion on either side.""",
     "Pneumothorax": """
         no pneumothorax.
         there is no evidence of pneumothorax.
@@ -1610,15 +1613,31 @@ ABSENT = {  # by the conditions that a sentence denies
         there is no consolidation.""",
     "Edema": """
         no pulmonary edema.
+        no edema in the lungs.
         there is no evidence of edema.""",
-    "Fracture": "no rib fracture.",
+    "Fracture": """
+        no fracture.
+        no bony fracture.
+        no osseous fracture.""",
     "Pneumonia": """
         no evidence of pneumonia.
         no pneumonia.""",
     "Atelectasis": "no atelectasis.",
-    "Lung Lesion": "no nodule or mass.",
+    "Lung Lesion": """
+        no nodule or mass.
+        no nodules or masses.
+        no lung nodule or mass.""",
+    "Lung Opacity": """
+        no pulmonary opacity.
+        no airspace opacity.
+        no lung infiltrate.""",
+    "Pleural Other": "no pleural thickening.",
+    "Support Devices": """
+        no catheter, tube or device.
+        no line, tube or device.""",
     "Pleural Effusion, Pneumothorax": "no pleural effusion or pneumothorax.",
-    "Consolidation, Edema, Pleural Effusion": "no consolidation, edema or pleural effusion.",
+    "Consolidation, Edema, Pleural Effusion":
+        "no focal consolidation, pulmonary edema or pleural effusion.",
     "Atelectasis, Pneumonia, Pneumothorax": "no atelectasis, pneumonia or pneumothorax.",
 }
 DEVICES = {  # the points of a line, x and y

@@ -58,7 +58,7 @@ from loss import DynamicSoftContrastiveLoss, soft_labels
 from model import ModelError, load_model
 from negations import label_report
 
-TIE = 1e-6  # closer cosines are a tie, as float32 cannot tell them apart: wrong in a choice or rank
+TIE = 1e-6  # closer cosines are a tie, as float32 cannot tell them apart
 CHUNK = 256  # images compared at once with all texts: 400,000 texts then take 0.4 GB
 ACCURACY_SETS = ("chexpert5x200", "vindr", "cxr14")  # Tab. 2: accuracy; AUC for other sets
 
@@ -221,7 +221,10 @@ def retrieval(bench):
     columns["mean rank"] = ranks
     study = rows[np.unique(target, return_index=True)[1]]  # the first with each report
     retrieved = bench.labels[study[best]] == 1                                 # (n, 14)
-    f1 = label_f1(retrieved, bench.labels[rows] == 1)
+    own = bench.labels[rows] == 1                                              # (n, 14)
+    known = ~np.isnan(bench.labels).any(1)
+    known = (known[rows] & known[study[best]])[:, None]                        # (n, 1)
+    f1 = label_f1(retrieved & known, own & known)
     # ASSUMPTION: Tab. 5 does not name its average over labels; the row is micro.
     cells = {"@5": "@5", "F1": "micro F1", "Recall": "micro recall", "Precision": "micro precision"}
     return bench.measure(
@@ -236,7 +239,8 @@ def retrieval(bench):
 def cxr_align(bench):
     """Tab. 6 (Sec. 5.6): A, the report r over its negation r^n; B, r over r^r (finding left out).
 
-    "swapped A" turns A round: an image without the finding, drawn by the seed, must prefer r^n.
+    Equal scores count one half. "swapped A" turns A round: an image without the finding, drawn by
+    the seed, must prefer r^n.
     Whoever only avoids negations, as Sec. 5.6 suspects, is right in A and wrong here.
     """
     wanted = bench.args.conditions or CONDITIONS
@@ -263,6 +267,8 @@ def cxr_align(bench):
         "B": prefers(images, r, r_r)}
     columns["B"][[not text.strip() for text in omitted]] = np.nan  # CXR-Align has empty ones
     known = {f"n_{name}": int((~np.isnan(columns[name])).sum()) for name in ("swapped A", "B")}
+    ties = {f"ties {name}": float(np.mean(values == 0.5)) for name, values in columns.items()}
+    known |= {name: share for name, share in ties.items() if share > 0}
     counts = {name: int((condition == name).sum()) for name in CONDITIONS if name in condition}
     for name in counts:
         for task in ("A", "B"):
@@ -358,9 +364,10 @@ def images_without(bench, rows, condition):
 
 
 def prefers(images, text, other):
-    """Which images (n, D) are nearer to text (n, D) than to other: (n,), NaN for a NaN image."""
+    """1 where images (n, D) are nearer to text (n, D) than to other, 1/2 for ties: (n,)."""
     margin = (images * (text - other)).sum(1).numpy()
-    return np.where(np.isnan(margin), np.nan, margin > TIE)
+    right = np.where(np.abs(margin) <= TIE, 0.5, margin > TIE)
+    return np.where(np.isnan(margin), np.nan, right)
 
 
 def retrieve(images, own, texts):
@@ -652,7 +659,8 @@ class Bench:
 
     options: as the flags of the same name, but prompts: what read_prompts returns. Raises UserError
     for an empty split or an unknown class.
-    Of each row: .reports; .ids; .labels (n, 14), 0 or 1, by rule where the row has none; .truth
+    Of each row: .reports; .ids; .labels (n, 14), 0 or 1, by rule where the row has none, NaN where
+    nothing is known; .truth
     (n, K) of .classes, what is scored: 1, 0, NaN; .images (n, D), embedded. Of some rows: .pairs
     (row, present class, absent class). .set is the data set's name, .notes what readers of the
     results must know.
@@ -683,10 +691,9 @@ class Bench:
             record = manifest[row]
             self.ids.append(record["id"])
             self.reports.append(record.get("report", ""))
-            given = record.get("labels")
-            if given is None:  # as of CXR-Align
-                given = label_report(self.reports[row])
-            labels.append(label_vector(given))  # uncertain is 1, as in CheXbert's F1
+            given = record.get("labels") or label_report(self.reports[row])  # as of CXR-Align
+            vector = label_vector(given)  # uncertain is 1, as in CheXbert's F1
+            labels.append(vector if given else np.full_like(vector, np.nan))
             self.pairs += [(row, *pair) for pair in record.get("adversarial", [])]
             self.scored.append(truth_of(record))
             official.update(record.get("targets", {}))
@@ -801,7 +808,7 @@ def truth_of(record):
     """What is scored of a record: {class: 1, 0 or -1}; its targets, else its labels."""
     if record.get("targets"):
         return record["targets"]
-    if "labels" not in record:
+    if not record.get("labels"):  # nothing of its text was understood
         return {}
     # ASSUMPTION: where labels are the truth, a finding that is not mentioned is absent.
     return dict.fromkeys(CONDITIONS, 0) | record["labels"]
@@ -891,7 +898,7 @@ def draw_retrieval(bench):
     """Three images with a finding, their reports and the five that the model ranks first."""
     texts = [text for text in dict.fromkeys(bench.reports) if text]
     embedded = bench.texts(texts)                                              # (m, D)
-    abnormal = np.flatnonzero(bench.labels[:, :-1].any(1))
+    abnormal = np.flatnonzero((bench.labels[:, :-1] == 1).any(1))
     figure, axes = panels(3, side=5)
     for row, ax in zip(abnormal, axes, strict=False):
         best = (embedded @ bench.images[row]).argsort(descending=True)[:5]
@@ -941,8 +948,9 @@ def table_cells(bench, tasks):
         more = ""
         if "pool" in entry:
             more += f", pool {entry['pool']}"
-        if "prompts" in entry:
-            more += f", {len(entry['prompts'])} classes"
+        classes = entry.get("prompts") or entry.get("classes")
+        if classes:
+            more += f", {len(classes)} classes"
         split = entry.get("split", bench.manifest.split)
         if split != "test":
             more += f", {split}"
@@ -980,11 +988,15 @@ def write_result(result, args):
     """Write the result to --out, or into a run folder of ours."""
     out = args.out
     if not out and any(Path(args.run).glob("*.pt")):
-        out = f"{args.run}/results-{args.task}-{result['set']}-{args.split}.json"
+        names = [args.task, Path(args.data).stem, args.split]
+        if args.prompts:
+            names.append(args.prompts_name)
+        out = f"{args.run}/results-{'-'.join(names)}.json"
     if out:
+        done = "replaced" if Path(out).exists() else "wrote"
         with open_atomic(out) as file:
             json.dump(result, file, indent=1)
-        print(f"wrote {out}")
+        print(f"{done} {out}")
 
 
 # ---------------------------------------------------------------- the command line
@@ -1030,7 +1042,7 @@ def parse_args(words):
     add = parser.add_argument_group("run").add_argument
     add("--compare", nargs="+", help="print the tables of these result files")
     add("--out",
-        help="result file; None: results-TASK-SET-SPLIT.json in RUN, where that is a run folder")
+        help="result file; None: results-TASK-MANIFEST-SPLIT(-PROMPTS).json in a run folder RUN")
     add("--figures",
         help="draw the run's curves, ROC, soft labels there; needs matplotlib")
     add("--show-reports", action="store_true",
@@ -1084,7 +1096,8 @@ def main(argv=None):
         run = run.parent
     name = run.name
     if args.prompts:
-        name += f", {Path(args.prompts).stem}"
+        args.prompts_name = Path(args.prompts).stem
+        name += f", {args.prompts_name}"
         args.prompts = read_prompts(args.prompts)
     manifest = Manifest(args.data, args.split, args.image_root)
     bench = Bench(load_any(args.run, args.device), manifest, **vars(args))

@@ -29,8 +29,8 @@ from data import (
     CONDITIONS,
     UserError,
     check_fields,
+    check_graph,
     expect,
-    merge_graphs,
     minimum,
     open_atomic,
     open_file,
@@ -42,6 +42,7 @@ from data import (
 
 PRESENT, DENIED, UNCERTAIN = 1, 0, -1
 OTHER = "Other"  # abnormal, outside the 14: cancels No Finding
+LONGEST = 100  # words of a sentence; longer ones are cut, since no list has so many
 # ASSUMPTION: if omission leaves nothing, r^r is this sentence, which names no finding.
 NOTHING_LEFT = "Frontal chest radiograph."
 cached = functools.lru_cache(1 << 15)  # the same sentences come again and again
@@ -62,28 +63,40 @@ def annotate(record, *, seed=0, labels=None, graph=None):
     report = " ".join(sentences)
     if labels is None:
         labels = label_report(report)
-    graph = graph or brought_graph(record) or rule_graph(sentences)
+    brought = graph or brought_graph(record)
 
-    # ASSUMPTION: r^n's labels and graph are r's, edited for the one condition, whoever made them.
     # each positive entity, in random order: the paper takes one of them, training draws one anew
     negatives, conditions = [], positives(labels)
     for condition in rng.sample(conditions, len(conditions)):
         # (ii) r^r: the sentences related to the entity removed
         rest = omit_from(sentences, condition)
-        if rest == sentences:  # the label comes from elsewhere, the text does not say so
-            continue
+        if rest == sentences or label_report(report).get(condition) == DENIED:
+            continue  # labels from elsewhere, of which the text says nothing or the contrary
         # r^n: its negation at the beginning, in the middle or at the end
-        negated, position = deny(rest, condition, rng)
+        denial = draw_denial(condition, rng)
+        position, place = draw_place(rest, rng)
+        negated = [*rest[:place], *denial, *rest[place:]]
+        text = " ".join(negated)
         negatives.append({
             "condition": condition,
             "omitted": " ".join(rest) or NOTHING_LEFT,
-            "report": negated,
+            "report": text,
             "position": position,
-            "labels": with_no_finding(labels | {condition: DENIED}),
-            "graph": negated_graph(graph, condition),
+            "labels": negated_labels(labels, condition, text),
+            "graph": negated_graph(brought, condition, denial) if brought else rule_graph(negated),
         })
     return record | {"report": report, "original_report": original_report(record),
-                     "labels": labels, "graph": graph, "hard_negatives": negatives}
+                     "labels": labels, "graph": brought or rule_graph(sentences),
+                     "hard_negatives": negatives}
+
+
+def negated_labels(labels, condition, text):
+    """r^n's labels: r's, the condition denied; No Finding if neither they nor its text know any."""
+    # ASSUMPTION: r^n's labels are r's, edited for the one condition, whoever made them.
+    labels = with_no_finding(labels | {condition: DENIED})
+    if "No Finding" not in label_report(text):
+        labels.pop("No Finding", None)
+    return labels
 
 
 def original_report(record):
@@ -93,7 +106,8 @@ def original_report(record):
 
 def clean(record):
     """Sentences of one clinical entity each, without comparison to earlier examinations."""
-    return split_sentences(remove_temporal(original_report(record)))
+    text = original_report(record)
+    return split_sentences(remove_temporal(text)) or split_sentences(text)  # not "Stable chest."
 
 
 def brought_graph(record):
@@ -118,48 +132,60 @@ def negate(text, condition, rng):
     if condition not in NOUNS:
         raise ValueError(f"cannot negate {condition!r}: expected one of {', '.join(NOUNS)}")
     rest = omit_from(split_sentences(text), condition)
-    denied, _ = deny(rest, condition, rng)
-    return " ".join(rest) or NOTHING_LEFT, denied
+    denial = draw_denial(condition, rng)
+    _, place = draw_place(rest, rng)
+    return " ".join(rest) or NOTHING_LEFT, " ".join([*rest[:place], *denial, *rest[place:]])
 
 
 def omit_from(sentences, condition):
     """The sentences without what concerns the condition."""
-    return [piece for sentence in sentences for piece in _omit(sentence, condition)]
+    kept, gone = [], False
+    for sentence in sentences:
+        if gone and _REFERS.match(sentence) and not mentions(sentence):
+            continue  # "This may represent contusion", of what was omitted
+        pieces = _omit(sentence, condition)
+        gone = not pieces
+        kept += pieces
+    return kept
 
 
 @cached
 def _omit(sentence, condition):
     """What remains without the condition: other findings of the sentence become noun phrases."""
-    said = _said([sentence])
-    if condition not in said:
+    if condition not in {m.condition for m in all_mentions(sentence)}:
         return (sentence,)
     kept = []
-    for other, value in said.items():
+    for other, value in _said([sentence]).items():
         if other == condition or (other == OTHER and value == DENIED):
             continue
         phrases = [_noun_phrase(sentence, m) for m in mentions(sentence) if m.condition == other]
         for phrase in [*phrases, *_phrases(NOUNS.get(other, ""))]:
             piece = _state(value, phrase)
-            says = _said([piece])  # the first that says the one thing without the other
-            if says.get(other) == value and condition not in says and not _BARE.fullmatch(piece):
+            says = {m.condition: m.value for m in all_mentions(piece)}
+            half = _BARE.fullmatch(piece) or _HALF.search(piece)
+            if says.get(other) == value and condition not in says and not half:
                 kept.append(piece)
-                break
+                break  # the first that says the one thing without the other
     return tuple(kept)
 
 
-def deny(sentences, condition, rng):
-    """A denial put into the sentences: (r^n, position), a position that they have."""
+def draw_denial(condition, rng):
+    """Sentences of one entity each that deny the condition."""
     denial = _draw(_phrases(NOUNS[condition]), rng)
     if denial.islower():  # a noun
         denial = _draw(_phrases(DENIALS), rng).format(denial)
+    return split_sentences(denial)
+
+
+def draw_place(sentences, rng):
+    """(position, index): the beginning, middle or end, of those that the sentences have."""
     places = {"beginning": [0]}
     if sentences:
         places["end"] = [len(sentences)]
     if len(sentences) > 1:
         places["middle"] = range(1, len(sentences))
     position = _draw(list(places), rng)
-    place = _draw(places[position], rng)
-    return " ".join([*sentences[:place], denial, *sentences[place:]]), position
+    return position, _draw(places[position], rng)
 
 
 def _draw(items, rng):
@@ -171,18 +197,23 @@ def _draw(items, rng):
 # cannot change what a report says.
 
 _WORD = re.compile(r"[\w'/.-]*\w")
-_BREAK = re.compile(r"(?<=[.!?])(?<!\bDr\.)(?<!\bvs\.)\s+|(?<=[a-z]{2}[.])(?=[A-Z])|(?<=;)\s+|"
+_BREAK = re.compile(r"(?<=[.!?])(?<!\bDr\.)(?<!\bvs\.)(?<!^\?)(?<!\s\?)\s+|"
+                    r"(?<=[a-z]{2}[.])(?=[A-Z])|(?<=;)\s+|"
                     r"\s(?=\d{1,2}[.)] [A-Z]|(?:FINDINGS|IMPRESSION)\s?:)")
-_HEADING = re.compile(r"^\W*(?:\d{1,2}[.)](?!\d)\s*)?"
+_HEADING = re.compile(r"^[^\w?]*(?:\d{1,2}[.)](?!\d)\s*)?"
                       r"(?:(?:findings|impression|(?:[ap]{2} )?chest)\s*:\s*)?", re.I)
 _CONJUNCTION = re.compile(
-    r"(?<!compatible)(?<!consistent)(?<!keeping)(?<!associated),?\s+(?:(?=without\b)|"
+    r"(?<!compatible)(?<!consistent)(?<!keeping)(?<!associated)(?<!along),?\s+(?:(?=without\b)|"
     r"(?:and/or|and|or|nor|versus|vs\.?|with|but|however|although|while|as well as)\b,?\s+)")
 _COMMA = re.compile(r"[,;]\s+")
 _LEAD = re.compile(r"^(?:(?:and|but|or|which|is|are|of|although|though|while|however|otherwise|"
-                   r"aside from|apart from|except for|other than|(?:compatible|consistent) with)"
+                   r"aside from|apart from|except for|other than|(?:compatible|consistent) with|"
+                   r"(?:could|may|might) (?:also )?(?:reflect|represent|be)|suggesting)"
                    r"\b[\s,;:./-]*|[\s,;:./-]+)+(?=\S)", re.I)  # not "<" of "<1 cm", nor "("
-_BARE = re.compile(r"\W*\w+(?:ed|ous|ic|ent|ive)\W*(?:$|(?:and|or|but)\b)", re.I)  # no noun
+_BARE = re.compile(r"\W*\w+(?:ed|ous|ic|ent|ive|ary)\W*(?:$|(?:and|or|but)\b)", re.I)  # no noun
+_HALF = re.compile(r"(?<!\b[ot][no] the )(?<!\b[ot][no] )\b(?:right|left|upper|lower|middle|mid|"
+                   r"costophrenic|cardiophrenic)\W*$", re.I)  # the noun of a place is missing
+_REFERS = re.compile(r"(?:this|these|it|they|which)\b", re.I)
 _PLACE_LIST = re.compile(  # "heart size and mediastinal contours are normal"
     r"^(?P<lead>(?:the |both |normal |unremarkable )*)"
     r"(?P<places>[\w\s,/-]+?,? and (?:the )?[\w\s-]+?)"
@@ -208,7 +239,10 @@ def remove_temporal(text):
 @cached
 def _sentences(text):
     """The sentences of a text as they stand, without numbers and headings."""
-    pieces = (_HEADING.sub("", piece).strip() for piece in _BREAK.split(" ".join(text.split())))
+    pieces = []
+    for piece in _BREAK.split(" ".join(text.split())):
+        words = piece[_HEADING.match(piece).end():].split()
+        pieces += [" ".join(words[i:i + LONGEST]) for i in range(0, len(words), LONGEST)]
     return tuple(piece for piece in pieces if _WORD.search(piece))
 
 
@@ -222,6 +256,7 @@ def _state(value, phrase):
     """A noun phrase as a sentence that states, denies or doubts it."""
     if value in {m.value for m in mentions(phrase)}:  # also "normal heart size", which denies
         return _finish(phrase)
+    phrase = re.sub("(?i)^(?:there (?:is|are)|either) ", "", phrase)
     if phrase[1:2].islower():  # not "PICC"
         phrase = phrase[:1].lower() + phrase[1:]
     return _finish(("No " if value == DENIED else "Possible ") + phrase)
@@ -238,7 +273,8 @@ def _split(sentence):
 
 def _cut_if_same(cut, sentence):
     pieces = cut(sentence)
-    if pieces and _said(pieces) == _said([sentence]):
+    whole = pieces and not any(_HALF.search(piece) for piece in pieces[:-1])
+    if whole and _said(pieces) == _said([sentence]):
         return pieces
     return [sentence]
 
@@ -250,6 +286,8 @@ def _cut_places(sentence):
         return []
     places = re.split(r",[,\s]*(?:and\s+)?|\s+and\s+", match["places"].strip())
     if any(len(place.split()) > 4 or _VERB.search(place) for place in places):
+        return []
+    if match["lead"] and any(map(mentions, places)):  # "normal vascularity and cardiomegaly"
         return []
     noun = places[-1].split()[-1]
     tail = match["tail"]
@@ -304,11 +342,15 @@ _REST = re.compile(r"(?:\b(?:is|are|has|have|been|appears?|there|to|be|and|but|w
 @cached
 def _timeless(sentence):
     """The sentence without comparison to priors, piece by piece if need be; "" if nothing else."""
-    for pieces in ([sentence], _split(sentence)):
-        edited = " ".join(filter(None, map(_cut_time, pieces)))
-        if _said(_sentences(edited)) == _said([sentence]):
-            return edited
-    return sentence
+    edited = _cut_time(sentence)
+    if edited == sentence or _said(_sentences(edited)) == _said([sentence]):
+        return edited
+    pieces = []
+    for piece in _split(sentence):
+        edited = _cut_time(piece)
+        same = _said(_sentences(edited)) == _said([piece])
+        pieces.append(edited if same else piece)
+    return " ".join(filter(None, pieces))
 
 
 def _cut_time(sentence):
@@ -317,7 +359,8 @@ def _cut_time(sentence):
     if _GONE.search(text) and any(m.value == DENIED for m in mentioned):
         text = " ".join(_state(m.value, _noun_phrase(text, m)) for m in mentioned)
     for phrases, replacement in TIME.items():
-        text = matcher(phrases).sub(replacement, text)
+        if _first_look(phrases).search(text.lower()):
+            text = matcher(phrases).sub(replacement, text)
     vague = "empty"
     if text != sentence:
         text, vague = _repair(text), "leftover"
@@ -340,13 +383,18 @@ _ITS_NOUN = re.compile(r"(?<=ed|us|ic|nt|ve)(?: and \w+)?(?: (?!with|and|or|in|o
 
 def _noun_phrase(sentence, mention):
     """The finding with the side, grade and place words around it: "small left effusion"."""
+    start, end = _noun_span(sentence, mention)
+    return sentence[start:end]
+
+
+def _noun_span(sentence, mention):
     start, end = mention.start, mention.end
     near = max(0, start - 100)  # seven words; a sentence may be a whole report
     before = matcher("<place>|<grade> [<place>|<grade>]+ .").search(sentence, near, start)
     if before:
         start = before.start()
     tails = matcher("<located>").match(sentence, end + 1), _ITS_NOUN.match(sentence, end)
-    return sentence[start:max([end, *(tail.end() for tail in tails if tail)])]
+    return start, max([end, *(tail.end() for tail in tails if tail)])
 
 
 # ---------------------------------------------------------------- what a sentence says (Sec. 4.2)
@@ -357,7 +405,7 @@ class Mention(NamedTuple):
     start: int      # its first character
     end: int        # the first one behind it
     condition: str  # one of the 13, or OTHER
-    value: int      # PRESENT, DENIED or UNCERTAIN
+    value: int      # PRESENT, DENIED, UNCERTAIN; None: nothing is said
 
 
 def label_report(text):
@@ -365,12 +413,18 @@ def label_report(text):
 
     Each sentence is read alone. The phrases of FINDINGS are looked up; some deny or hedge by
     themselves ("heart size is normal"), on the others CUES act, in a scope that ends at words like
-    "but" and at a comma before a new statement. No Finding is 1 if there is a text in which no
-    abnormality, of the 14 or not, is present or uncertain (support devices aside), else absent.
+    "but" and at a comma before a new statement. No Finding is 1 if no abnormality, of the 14 or
+    not, is present or uncertain (support devices aside), else absent. A text that is not
+    `understood` has no labels: {}.
     """
     # DIFFERS from Sec. 4.2: labels come from rules, unless --labeler chexbert or given.
-    sentences = _sentences(text)
-    return with_no_finding(_said(sentences)) if sentences else {}
+    return with_no_finding(_said(_sentences(text))) if understood(text) else {}
+
+
+def understood(text):
+    """Whether a phrase of the tables is in it, a finding's or one of normality."""
+    found = any(map(all_mentions, _sentences(text)))
+    return found or bool(matcher("<healthy>").search(text))
 
 
 def positives(labels):
@@ -396,23 +450,35 @@ def with_no_finding(labels):
     return ordered
 
 
-@cached
 def mentions(sentence):
-    """All findings of a sentence by position, as a tuple of `Mention`."""
+    """The findings of a sentence of which something is said, by position, as `Mention`s."""
+    return [m for m in all_mentions(sentence) if m.value is not None]
+
+
+def all_mentions(sentence):
+    """All findings of a sentence, value None where nothing is said ("CT to look for a nodule")."""
     lower = sentence.replace("\u0130", "I").lower()  # the one capital that becomes two letters
-    cues = [(match.lastgroup, *match.span()) for match in _cues().finditer(lower)]
-    mentioned = []
+    return _mentions(lower.rstrip(" ."))
+
+
+@cached
+def _mentions(lower):
+    mentioned, cues = [], None
     for condition in FINDINGS:
+        if not _first_look(FINDINGS[condition]).search(lower):
+            continue
         for match in _finding(condition).finditer(lower):
             start, end = match.span()
             value = {"denied": DENIED, "unsure": UNCERTAIN}.get(match.lastgroup)  # else None
             if match.lastgroup == "present":
+                if cues is None:
+                    cues = [(cue.lastgroup, *cue.span()) for cue in _cues().finditer(lower)]
                 value = _by_cues(cues, start, end)
             known = condition == OTHER and any(m.start < end and start < m.end for m in mentioned)
-            if value is not None and not known:
+            if not known:
                 mentioned.append(Mention(start, end, condition, value))
-    mentioned.sort()
-    if any(kind == "still" for kind, *_ in cues):  # "no change in A or B" has both
+    mentioned.sort(key=lambda m: m[:3])
+    if any(kind == "still" for kind, *_ in cues or ()):  # "no change in A or B" has both
         return tuple(mentioned)
     return _unsure_between(mentioned, lower)
 
@@ -434,11 +500,11 @@ def _by_cues(cues, start, end):
     for kind, first, _ in cues:
         if first < end:
             continue
-        if kind == "end":
+        if kind in ("end", "maybe"):
             break
         if kind == "gone":
             return DENIED
-        if kind == "unsure":
+        if kind in ("unsure", "doubt"):
             value = UNCERTAIN
     return value
 
@@ -449,10 +515,11 @@ _OR = re.compile(r"\b(?:versus|vs|and/or|or)\b")
 def _unsure_between(mentioned, lower):
     """The mentions, two of them uncertain where they stand as "A or B" or "A versus B"."""
     unsure = set()
-    said = [m for m in mentioned if m.value != DENIED]
+    said = [m for m in mentioned if m.value in (PRESENT, UNCERTAIN)]
     for a, b in itertools.pairwise(said):
         between = lower[a.end:b.start]
-        if a.condition != b.condition and "," not in between and _OR.search(between):
+        joined = _OR.search(between) and not matcher(CUES["maybe"]).search(between)
+        if joined and a.condition != b.condition and "," not in between:
             unsure |= {a, b}
     return tuple(m._replace(value=UNCERTAIN) if m in unsure else m for m in mentioned)
 
@@ -542,20 +609,53 @@ def _finding(condition):
 
 
 @functools.cache
+def _first_look(table):
+    """Beginnings of words, one of which is in whatever the table's phrases fit; small letters."""
+    stems = set()
+    for phrase in _phrases(table):
+        stems |= _stems(phrase.lstrip("?-"))
+    return re.compile("|".join(sorted(stems)))
+
+
+def _stems(phrase):
+    """The beginnings of that word of a phrase which has none that is short."""
+    choices = []
+    for item in reversed(_ITEM.findall(phrase)):  # the last word says more than "on" or "from"
+        if item[0].isalpha() or item[0] in "*<":
+            stems = [_stems_of(word) for word in item.split("|")]
+            choices.append(set().union(*stems))
+    return max(choices, key=lambda stems: min(map(len, stems)))
+
+
+def _stems_of(word):
+    if word[0] != "<":
+        return {word.strip("*").split("-")[0].replace("#", "")}
+    return set().union(*map(_stems, _phrases(LISTS[word.strip("<>")])))
+
+
+@functools.cache
 def _cues():
     return _grouped({kind: _phrases(table) for kind, table in CUES.items()})
 
 
 def _grouped(groups):
-    """Phrases as one expression, with a named group for each kind of them."""
-    named = [f"(?P<{name}>{_either(groups[name])}(?!\\w))" for name in groups if groups[name]]
-    return re.compile(rf"\b(?:{'|'.join(named)})", re.IGNORECASE)
+    """Phrases as one expression for small letters, with a named group for each kind of them."""
+    named = []
+    for name, phrases in groups.items():
+        if phrases:
+            either = _either(phrase.lower() for phrase in phrases)
+            named.append(rf"(?P<{name}>{either}(?:(?<=\?)|(?!\w)))")
+    # Without re.I, which takes three times as long.
+    return re.compile(rf"(?:\b|(?<!\w)(?=\?))(?:{'|'.join(named)})")
 
 
 # ---------------------------------------------------------------- graphs (Sec. 4.3)
 
 _TOKEN = re.compile(r"\d+\.\d+|[\w'/-]+|[^\w\s]")
 _LABEL = {PRESENT: "OBS-DP", DENIED: "OBS-DA", UNCERTAIN: "OBS-U"}
+XL_LABELS = {"ANAT-DP": "Anatomy::definitely present", "OBS-U": "Observation::uncertain",
+             "OBS-DP": "Observation::definitely present",
+             "OBS-DA": "Observation::definitely absent"}
 
 
 @dataclass
@@ -576,19 +676,17 @@ def rule_graph(sentences):
     for sentence in sentences:
         tokens, nodes = _sentence_graph(sentence)
         shift, base = len(text), len(entities) + 1
-        for i, node in enumerate(nodes):
-            entities[str(base + i)] = {
-                "tokens": " ".join(tokens[node.first:node.last + 1]),
-                "label": "ANAT-DP" if node.kind == "place" else _LABEL[node.value],
-                "start_ix": shift + node.first, "end_ix": shift + node.last,
-                "relations": [[name, str(base + target)] for name, target in node.relations]}
+        for i, (words, label, first, last, relations) in enumerate(nodes, base):
+            entities[str(i)] = {
+                "tokens": words, "label": label, "start_ix": shift + first, "end_ix": shift + last,
+                "relations": [[name, str(base + target)] for name, target in relations]}
         text += tokens
     return {"text": " ".join(text), "entities": entities, "data_source": "rules"}
 
 
 @cached
 def _sentence_graph(sentence):
-    """The tokens of a sentence and its nodes, related to each other."""
+    """The tokens of a sentence; (words, label, first token, last, relations) of its entities."""
     tokens, nodes = _nodes(sentence)
     findings = [i for i, node in enumerate(nodes) if node.kind == "finding"]
     sites = [i for i, node in enumerate(nodes) if node.kind == "place" and not node.relations]
@@ -604,7 +702,12 @@ def _sentence_graph(sentence):
             node.relations.append(("located_at", _nearest(i, sites)))
         if node.kind == "finding" and effects and node.last < leads[0]:
             node.relations.append(("suggestive_of", effects[0]))
-    return tokens, nodes
+    entities = []
+    for node in nodes:
+        words = " ".join(tokens[node.first:node.last + 1])
+        label = "ANAT-DP" if node.kind == "place" else _LABEL[node.value]
+        entities.append((words, label, node.first, node.last, node.relations))
+    return tokens, entities
 
 
 def _nearest(i, heads):
@@ -644,39 +747,38 @@ def _role(word, mention):
     return None, None
 
 
-def negated_graph(graph, condition):
-    """r^n's record: r's without the condition's entities, plus one absent observation of it."""
-    text, entities = graph["text"], graph["entities"]
-    about = _words_about(text, condition)
+def negated_graph(graph, condition, denial):
+    """r^n's record: r's without the condition's entities, joined to the graph of the denial."""
+    entities = graph["entities"]
+    about = _words_about(graph["text"], condition)
     gone = {key for key, e in entities.items() if not e["label"].upper().startswith("ANAT")
             and any(e["start_ix"] <= place <= e["end_ix"] for place in about)}
     gone = _left_alone(entities, gone)
-    kept = {}
+    joined = {}
     for key, e in entities.items():
         if key not in gone:
-            relations = [[name, target] for name, target in e.get("relations", [])
-                         if target not in gone]
-            kept[key] = e | {"relations": relations}
-    noun = _phrases(NOUNS[condition])[0]
+            relations = [pair for pair in e.get("relations", []) if pair[1] not in gone]
+            joined[key] = e | {"relations": relations}
     xl = any("::" in e["label"] for e in entities.values())
-    first = text.count(" ") + 2 if text else 1
-    new = len(entities) + 1
-    while str(new) in entities:
-        new += 1
-    kept[str(new)] = {
-        "tokens": noun, "label": "Observation::definitely absent" if xl else "OBS-DA",
-        "start_ix": first, "end_ix": first + noun.count(" "), "relations": []}
-    return graph | {"text": f"{text} no {noun} .".strip(), "entities": kept}
+    shift = graph["text"].count(" ") + 1
+    denied = rule_graph(denial)
+    for key, e in denied["entities"].items():
+        joined[f"denial {key}"] = {
+            "tokens": e["tokens"], "label": XL_LABELS[e["label"]] if xl else e["label"],
+            "start_ix": shift + e["start_ix"], "end_ix": shift + e["end_ix"],
+            "relations": [[name, f"denial {target}"] for name, target in e["relations"]]}
+    return graph | {"text": f"{graph['text']} {denied['text']}", "entities": joined}
 
 
 def _words_about(text, condition):
     """The places of the words that mention the condition, in a RadGraph record's text."""
     about, first = set(), 0
     for sentence in re.split(r"(?<= [.;]) ", text):
-        for m in mentions(sentence):
+        for m in all_mentions(sentence):
             if m.condition == condition:
-                begin = first + sentence.count(" ", 0, m.start)
-                about.update(range(begin, begin + sentence.count(" ", m.start, m.end) + 1))
+                start = _noun_span(sentence, m)[0]  # "patchy" goes with its opacity
+                begin = first + sentence.count(" ", 0, start)
+                about.update(range(begin, begin + sentence.count(" ", start, m.end) + 1))
         first += sentence.count(" ") + 1
     return about
 
@@ -703,8 +805,14 @@ def bare_graph(where, graph):
 
     An entity is named by its place: its key and its words may be the patient's.
     """
-    merge_graphs(where, [graph])  # for its checks alone: it gives the entities other keys
-    return graph.get("0", graph)
+    check_graph(where, graph)
+    graph = graph.get("0", graph)
+    expect(isinstance(graph.get("text"), str), where, "a RadGraph record with its text")
+    words = range(graph["text"].count(" ") + 1)
+    for i, e in enumerate(graph.get("entities", {}).values(), 1):
+        inside = e.get("start_ix") in words and e.get("end_ix") in words
+        expect(inside, f"{where}: RadGraph entity {i}", "start_ix and end_ix inside the text")
+    return graph
 
 
 # ASSUMPTION: a RadGraph file describes the uncleaned report; its graph serves the cleaned one.
@@ -810,8 +918,7 @@ def read_jobs(manifest, labeler, graphs):
         if record.get("graph"):
             record["graph"] = bare_graph(where, record["graph"])
         if labeler == "given":
-            expect("labels" in record, where, "labels, for --labeler given")
-            labels = record["labels"]
+            labels = record.get("labels") or None
         yield record, graphs and find_graph(graphs, where, record, number), labels
 
 
@@ -829,11 +936,15 @@ def annotate_job(job, seed):
     record = annotate(record, seed=seed, labels=labels, graph=graph)
     line = json.dumps(record, ensure_ascii=False) + "\n"
     counts = Counter(f"positive: {condition}" for condition in positives(record["labels"]))
-    skipped = counts.total() - len(record["hard_negatives"])
-    counts["skipped: positive condition not found in the text"] = skipped
+    made = {negative["condition"] for negative in record["hard_negatives"]}
+    for condition in set(positives(record["labels"])) - made:
+        denied = label_report(record["report"]).get(condition) == DENIED
+        why = "denied there" if denied else "not found in the text"
+        counts[f"no hard negative: positive condition {why}"] += 1
     counts["studies"] = 1
-    counts["with hard negatives"] = int(bool(record["hard_negatives"]))
-    counts["without text"] = int(not record["report"])
+    counts["studies with hard negatives"] = int(bool(made))
+    counts["studies of No Finding"] = record["labels"].get("No Finding", 0)
+    counts["studies not understood"] = int(not understood(record["report"]))
     return line.encode("utf-8", "replace"), counts
 
 
@@ -844,7 +955,7 @@ def parse_args(argv=None):
     add("manifest", metavar="IN.jsonl", help="from data.py; needs id and report")
     add("--out", required=True, metavar="OUT.jsonl", help="the manifest to write")
     add("--labeler", choices=("rules", "chexbert", "given"), default="rules",
-        help="given: the manifest's labels, as from MIMIC's and CheXpert's own tables")
+        help="given: the manifest's labels, as of MIMIC's tables; by rule where it has none")
     add("--chexbert", metavar="CKPT", help="chexbert.pth, for --labeler chexbert")
     add("--graphs", default="rules", metavar="rules|FILE.json", help="RadGraph's file, or by rule")
     add("--seed", type=minimum(0), default=0,
@@ -867,8 +978,10 @@ def main(argv=None):
     counts = Counter()
     graphs = read_graphs(args.graphs) if args.graphs != "rules" else None
     studies = 0
-    for _, graph, _ in read_jobs(args.manifest, args.labeler, graphs):
+    for _, graph, labels in read_jobs(args.manifest, args.labeler, graphs):
         studies += 1  # each line is checked here, so that no bad one stops the run after hours
+        if args.labeler == "given" and labels is None:
+            counts["labels: not given, made by rule"] += 1
         if graphs and graph is None:
             counts["graphs: not in the file, made by rule"] += 1
 
@@ -883,7 +996,9 @@ def main(argv=None):
             file.write(line)
             counts.update(line_counts)
     for name, number in sorted(counts.items()):
-        print(f"{name:52s}{number:10,d}")
+        print(f"{name:54s}{number:10,d}")
+    if counts["studies not understood"] > 0.05 * studies:
+        print("warning: more than 5 % were not understood; the rules read English")
 
 
 # ---------------------------------------------------------------- tables, in words
@@ -915,6 +1030,7 @@ def main(argv=None):
 
 LISTS = {
     "heart": """
+        cardio-thoracic ratio;
         heart|cardiac|cardio-mediastinal|cardio-pericardial !pace*|device*|lead*|valve*|monitor*
             [size|silhouette|silhouettes|shadow|contour|contours|outline];""",
     "mediastinum": """
@@ -924,33 +1040,62 @@ LISTS = {
     "normal": """
         normal|unremarkable; not remarkable; within limits;
         upper limits [of] [the] [normal];
-        not [_] enlarged|widened|prominent;""",
+        not|isn't|aren't [_] enlarged|widened|prominent; no longer [_] enlarged|widened|prominent;
+        cannot be [_] [_] enlarged|widened;""",
     "big": "enlarged|enlargement|prominent|prominence|increased|large|wide|widened|widening",
     "stop": """
         but; with !(_ limits); without; however; there; although; while; no; clear; which;
         abnormal; enlarged|widened|prominent|tortuous|borderline;""",
+    # words of a text that was understood, and found normal
+    "healthy": """
+        normal|clear|unremarkable|stable|unchanged|negative|intact|healthy|midline|wnl|nothing;
+        within limits; no|without acute|active;
+        no|without [_] [_] change|changes|interval|evidence;""",
     # for CUES
     "cannot": "cannot; can not; can't; could not; not; difficult to; hard to",
     "excluded": "exclude; excluded; rule out; ruled out",
-    "solved": "ruled out; excluded|absent|resolved|cleared|gone|discontinued",
+    "solved": """
+        ruled out; excluded|absent|resolved|cleared|gone|discontinued|disappeared|removed;
+        taken out; withdrawn|pulled !to|back|by|into|and""",
+    "doubt": """
+        must|should be <excluded>; has|have|needs|need to be <excluded>;
+        suspected|questioned|possible|considered|favored|favoured .;
+        is|are|be [less|more|most] possible|suspected|questioned|considered;
+        is|are|be|remains|remain [less|more|most] likely|probable|presumed .;
+        is|are|be|remains|remain [less|more|most] likely|probable|presumed (,);
+        is|are|be|remains|remain [less|more|most] likely|probable|presumed (in|at|on|given|based);
+        is|are|be in the differential; is|are favored|favoured !to|over;
+        is|are questionable|doubtful|equivocal; may|might|could have|look|appear;
+        may|might|could be present|there|hidden|obscured;
+        is|are|be|remains|remain a|an|the [_] possibility|consideration|concern|question""",
+    "verdict": """
+        <seen>|<solved>; both|all|not|no|been|unlikely|possible|suspected|questioned|considered|
+        likely|probable|presumed|in|a""",
+    "device": """
+        ett|ngt|ogt|picc|tracheostomy|tube|tubes|catheter|catheters|line|lines|pacemaker|lead|leads|
+        wires|drain|drains|port|icd|aicd|swan-ganz|device|devices|hardware|clips|cannula|sheath""",
     "seen": """
         seen|visible|visualized|visualised|present|noted|apparent|identified|appreciated|evident|
         detected|demonstrated|found""",
     # for TIME
     "prior": "prior|previous|preceding|last|comparison|old|outside|recent; earlier [in the day]",
     "study": """
-        exam*|study|studies|radiograph*|tomograph*|film|films|x-ray|x-rays|ct|xxxx|__*|chest|scan|
+        portable|exam*|study|studies|radiograph*|tomograph*|film|films|x-ray|x-rays|ct|xxxx|
+        __*|chest|scan|
         scans|image|images|yesterday|today|morning""",
     "ago": "[performed] _ minute*|hour*|day*|week*|month*|year* ago|earlier",
     "the": "the|a|an|his|her|most|that|this|of|immediate|<prior>",
     "dated": "<study>|<ago>|from|dated|of|on|at|performed|pa|ap|lateral|am|pm|a.m|p.m|#",
-    "then": "[<the>]+ <prior>|<ago>|19*|20* [<dated>]+; [<the>]+ [_] <study> [<dated>]+",
+    "then": """
+        [<the>]+ <prior>|<ago>|19*|20* [<dated>]+; [<the>]+ [_] <study> [<dated>]+;
+        [<the>]+ <prior> two|three|four|several|few days|weeks|months""",
     "earlier": "[<the>]+ <prior>|<ago>|yesterday|__* [<dated>]+; [<the>]+ _ [_] <prior> [<dated>]+",
     "since": "since|from|on|than; than on; as of",
     "steady": "unchanged|changed|stable [in appearance|size|position|configuration]",
     "how": """
         slightly|mildly|minimally|moderately|markedly|further|significantly|substantially|
-        considerably|relatively|essentially|grossly|diffusely|somewhat|clearly|partially|now""",
+        considerably|relatively|essentially|grossly|diffusely|somewhat|clearly|partially|now|
+        appreciably""",
     "graded": "<how>|slight|mild|minimal|marked|significant|some",
     "compared": """
         compared|comparing|comparison|relative|differ*|change|changes; in comparison; <steady>;
@@ -960,7 +1105,7 @@ LISTS = {
         reduction|reductions""",
     # words of a finding's noun phrase, and of graphs
     "place": """
-        left|right|bilateral|bilaterally|both|left-sided|right-sided|
+        left|right|bilateral|bilaterally|both|left-sided|right-sided|internal|
         bibasilar|biapical|basilar|basal|apical|lower|upper|middle|mid|midlung|lingular|
         retrocardiac|perihilar|hilar|peripheral|central|medial|lateral|anterior|posterior|
         thoracic|lumbar|cervical|subclavian|jugular|cardiac|mediastinal|pleural|pulmonary|lung|
@@ -982,7 +1127,7 @@ LISTS = {
         definite|mixed|round|rounded|cm|mm|#""",
     "state": """
         normal|clear|unremarkable|intact|midline|expanded|inflated|aerated""",
-    "located": "in|of|at|within|involving|overlying [the] [_] [_] [_] <place>",
+    "located": "in|of|at|within|involving|overlying [the] [_] [_] [_] <place> [<place>]+",
     # no nodes of a graph, even within a finding
     "suggests": "suggest*|represent*|consistent|compatible|reflect*|concern*|due",
     "function": """
@@ -1008,13 +1153,16 @@ FINDINGS = {
         ?<mediastinum> ,... borderline;""",
     "Cardiomegaly": """
         cardiomegaly; cardiac|ventricular enlargement;
-        <heart> ... enlarged|enlargement|prominent|prominence|widen*;
-        <heart> [xxxx|is|are|appears|remains|has|been]+ [_] large|increased|wide;
+        <heart> ... enlarged|enlargement|prominent|prominence|widen*|larger|bigger|grown;
+        <heart> : [_] enlarged; <heart> , which is [_] enlarged; dilated|bulky <heart>;
+        increase|increased in [the] [_] [size|diameter|width] [of] [the] <heart>;
+        <heart> [xxxx|is|are|appears|remains|has|been]+ [_] large|increased|wide|big;
         <big> [size] [of] !and [_] !and [_] <heart>;
         -<heart> ,... <normal>; -<normal> ,... <heart> !(is|appears|remains [_] [_] <big>);
         ?<heart> ,... borderline; ?borderline [_] [_] [_] heart|cardi*;""",
     "Lung Opacity": """
         [_] opacity|opacities|opacif*; infiltrat*; haze|haziness|hazy; ground-glass;
+        white-out; shadowing;
         air-space disease|process; air-space _ disease;
         lung|pulmonary|airspace|increased|patchy|hazy|vague|streaky|ill-defined densit*;
         -lung|lungs|hemithora* ,... clear !of; -clear [_] lung|lungs;""",
@@ -1027,28 +1175,33 @@ FINDINGS = {
     "Consolidation": "consolidat*;",
     "Pneumonia": """
         pneumonia|pneumonias|pneumoniae|pneumonitis|bronchopneumonia|bronchopneumonias|pna;
-        !granulomatous|prior|old|remote infecti* [process|etiology];""",
+        !granulomatous|tuberculous|prior|old|remote infecti* [process|etiology];""",
     "Atelectasis": "atelecta*; lobar|lobe|lung collapse; collaps* ... lobe|lung;",
-    "Pneumothorax": "pneumo-thora*|hydropneumo-thora*|ptx;",
+    "Pneumothorax": "*pneumo-thora*|ptx;",
     "Pleural Effusion": """
-        !pericardial|joint effusion|effusions; pleural [_] fluid; fluid in the [_] fissure|fissures;
-        hydropneumo-thora*|hemothora*|haemothora*;
-        -pleural space|spaces [_] clear;""",
+        !pericardial|joint effusion|effusions; pleural [_] fluid; loculated|layering fluid;
+        fluid in|at|within the [_] [_] fissure|fissures|sulcus|base|bases|hemithorax;
+        hydro-pneumo*|hemo-pneumo*|haemo-pneumo*|hemothora*|haemothora*;
+        -pleural space|spaces [_] clear|free; -pleural space|spaces without fluid;""",
     "Pleural Other": """
         pleural [_] thicken*|scar*|plaque|plaques|calcif*|capping|cap; thicken* of the [_] pleura;
         apical|biapical cap*; pleuro-parenchymal _; fibrothorax;""",
-    "Fracture": "fractur*;",
+    "Fracture": "!lead|wire fractur* !fixation;",
     "Support Devices": """
-        [_] tube|tubes; tracheostomy; *catheter|*catheters; pace-maker|pace-makers; [_] port;
-        port-a-cath*; mediport;
+        -extubated|extubation; [_] tube|tubes; intubated; tracheostomy; *catheter|*catheters;
+        pace-maker|pace-makers; [_] port; port-a-cath*; mediport;
         central|venous|picc|ij|jugular|subclavian|arterial [_] line|lines; picc|piccs;
-        prosthe*; hardware; screw|screws; stent|stents; icd|aicd;
-        pacer|pacing|icd|aicd|ventricular|monitor* [_] lead|leads|wire|wires;
+        prosthe*; [fracture] [fixation] hardware; fixation|metal*|surgical plate|plates;
+        pigtail|pigtails; rod|rods|tubing|sheath|sheaths|staple|staples; [_] drain|drains;
+        screw|screws;
+        stent|stents; icd|aicd;
+        pacer|pacing|icd|aicd|ventricular|monitor*|ekg|ecg [_] lead|leads|wire|wires;
         defibrillator|defibrillators|stimulator|stimulators|generator|generators;
-        sternal|sternotomy|cerclage wire|wires|suture|sutures; [_] clip|clips; [_] device|devices;
+        [intact] [sternal|sternotomy|cerclage] wires|sutures; sternal|sternotomy wire|suture;
+        [_] clip|clips; [_] device|devices;
         balloon pump; ett|etts|ngt|ogt|iabp|lvad|rvad|cvc|cvl; swan-ganz; dobhoff|dobbhoff;
         *cannula|*cannulas; prosthetic|mechanical|artificial|bioprosthetic [_] valve|valves;
-        valve replacement|prosthesis; pigtail|chest|pleural drain|drains;""",
+        valve replacement|prosthesis;""",
     OTHER: """
         *granulom*; scar|scars|scarred|scarring; *emphysem*; copd; obstructive; fibrosis|fibrotic;
         hyper-inflat*|hyper-expan*|hyper-aerat*|hyper-lucen*; hypo-inflat*|hypo-aerat*|hypo-ventil*;
@@ -1057,15 +1210,18 @@ FINDINGS = {
         calcif*; *sclerosis|*sclerotic; aneurysm*; eventrat*; elevat*; volume loss; *adenopath*;
         congesti*; bronchiectas*; thicken*; engorge*; !less|more prominen*; enlarge*; deformit*;
         dislocat*; cyst|cysts|cystic; bulla|bullae|bullous; bleb|blebs; cavity|cavitary|cavitation;
-        sarcoid*; tubercul*; hyperosto*; fluid overload; cephaliz*|cephalis*; redistribut*;
-        low|small|decreased|diminished|reduced [lung] volume|volumes|inspir*; foreign bod*;
-        volume|volumes [are|is|remain|remains] low|decreased;
+        sarcoid*; tubercul*; hyperosto*; bullet*; fluid|volume overload; cephaliz*|cephalis*;
+        redistribut*;
+        low|lower|small|decreased|diminished|reduced [lung] volume|volumes|inspir*; foreign bod*;
+        volume|volumes [are|is|have|has|been|remain|remains]+ [_] low|lower|decreased|reduced;
+        worse|worsening|worsened|decreased|poor aeration; aspiration|contusion|contusions;
+        distension|distention|distended; dextrocardia; situs inversus; right [sided] aortic arch;
         increased|coarse*|crowd* [_] [_] markings; crowding; kerley; *bronchial cuffing;
         blunt*; flatten*; pectus; lucen*; heart failure; chf; hypertension;
         pneumo-periton*|pneumo-mediastin*; free [_] air; shift*; deviat*; fullness; sternotomy;
         *ectomy; cabg; surg*|operat*|post-surg*|post-operat* change*; bypass; effusion|effusions;
         density|densities; lesion|lesions; injur*; distort*; retract*; chronic _ change*|disease*;
-        abnormalit*; [_] process|disease;
+        abnormalit*; !coracoid|xiphoid|glenoid|spinous|transverse|styloid process|disease;
         acute|abnormal|significant|active|*pulmonary|bony|osseous finding|findings;""",
 }
 # What stands beside a finding. Of two that begin at the same word the upper one counts.
@@ -1075,21 +1231,26 @@ FINDINGS = {
 #   skip    looks like one of them and is none; still: the same, and "A or B" behind it has both
 CUES = {
     "unsure": """
-        <cannot> [_] [be] [entirely|completely|definitely] <excluded>;
-        suspected|questioned|possible|considered|favored|favoured .; ?;
-        is|are|be [less|more|most] possible|suspected|questioned|considered;
-        is|are|be [less|more|most] likely|probable|presumed; is|are|be in the differential;
+        <cannot> [_] [be] [entirely|completely|definitely] <excluded>; versus|vs; ?;
+        absence of ... cannot; is|are favored|favoured over;
         if any|present .; if any|present (,);
         not well|clearly <seen> !(on [the] [_] prior|previous|lateral|frontal);""",
+    "doubt": "<doubt>",
     "still": """
         no|not|without|little [_] [_] change|changed|increase|increased|decrease|decreased [in|of];
         no|not|without|little [_] [_] difference|worsen*|improve*|progress* [in|of];
+        no|not|without|little [_] [_] growth|expansion|progression|re-accumulation of|in;
+        no|without interval|further|significant|new [_] enlargement of|in;
+        no|without [_] enlargement of ... nodule|nodules|mass|masses|effusion|pneumothorax|opacity;
+        no|without displacement of|in; lack of [_] change|improvement|progression in|of;
         no|not|without|little [_] [_] changes in|from|since;
         no|not|without [_] resolution|clearing of;""",
     "skip": """
-        no comparison|prior|priors|previous; not only|include*; obscur* [_] by;
+        no comparison|prior|priors|previous; not only|just|merely|include*|true|without;
+        not [_] [_] <solved>;
+        obscur* [_] by; no doubt;
         non displaced|calcified|specific|acute; not [_] <seen> previously|before;
-        tip|tips ... not [_] <seen>; not previously <seen>;
+        tip|tips|end|course ... not [_] <seen>; not previously <seen>;
         some|partial|substantial|mild|moderate|significant|marked [interval] clearing of;
         follow-up [_] [_] show*|demonstrat*|reveal*;
         not [well|fully|completely] evaluated|assessed;
@@ -1100,24 +1261,39 @@ CUES = {
     "gone": """
         is|are|was|were|has|have|had
             [now|since|been|completely|entirely|essentially|subsequently]+ <solved>;
-        can be <solved>; resolved (,); ruled out; removed; removal !of; unlikely;
-        : none|no|absent|negative .;
-        not|cannot [_] <seen> !is|are; no longer [_] <seen> !is|are;""",
+        which is|are no longer <seen>; which has|have [been] <solved>; is|are lacking;
+        nowhere to be <seen>; is|are both|all absent; can be <solved>; resolved|removed|absent .;
+        resolved (,); removed; ruled out; taken out; removal !of; unlikely; none .;
+        : none|no|absent|negative .; consistent with|represent*|likely nipple|artifact*|overlapping;
+        not|cannot|isn't|aren't|wasn't|weren't [_] <seen> !is|are; no longer [_] <seen> !is|are;""",
     "ignore": """
-        recommend*; advise*; correlat*; evaluat*|assess* for|of|to; sensitive; obscur*; history of;
+        indication :; reason for _ :; clinical question|worry|concern;
+        if there is|are [_] concern|suspicion; recommend*; advise*; correlat*;
+        evaluat*|assess* for|of|to; sensitiv*; obscur*; history of;
         h/o; please note; to identify; look for; f/u; follow-up;
         ensure|document|confirm|until [_] [_] resol*|clear* [of];""",
     "no": """
-        negative|free|clear for|of|from; no longer; rather than; instead of; no; not; without; w/o;
-        never; neither; nor; denies; absent; non; resolved;
+        negative|free|clear|devoid for|of|from; no longer; rather than; instead of; no; not;
+        without; w/o; never; fails|fail|failed to _; unlikely to; neither; nor; denies; absent;
+        non; complete drainage|evacuation of;
+        isn't|aren't|wasn't|weren't|doesn't|don't;
+        resolved; removal of ... <device> and;
         [interval|complete] removal|resolution|clearing|absence|lack of;""",
     "maybe": """
+        possible|possibly|probable|probably|likely|perhaps [_] secondary|due|related to;
         may|might|could [also|well]+ [be] [secondary|due|related to]; possible|possibly;
-        probable|probably; likely; suspect*; suspicious; concern*; question*; consider*; suggest*;
-        perhaps; possibility; suspicion; favored|favoured|felt|thought to; potential*; worrisome;
-        presum*; doubt*; rule out; exclude; versus; vs;
-        differential; equivocal; apparent; borderline; if;""",
+        probable|probably; likely; suspect*; suspicious for|of; concern*; question*; suggest*;
+        consider|considered|considering;
+        perhaps; possibility; suspicion; favor|favors|favours; favored|favoured|felt|thought to;
+        potential*; worrisome;
+        presum*; doubt*; rule out; exclude; equivocal; indeterminate for;
+        differential; apparent; borderline; if;""",
     "end": """
+        , !(... or|and|nor) (_ ... <doubt>|<solved>|cannot|not|versus|vs|hard|difficult);
+        <seen>|enlarged and (... <doubt>|cannot); and ([_] [_] <device> #|with|in|at|tip|ends);
+        , !(,... or|nor|and) ([_] [_] <device>);
+        ,|and !(,... or|nor) (worse|worsening|interval|layering|healing|progressive|known);
+        ,|and !(,... or|nor) (... is|are|has|have|persist|persists !<verdict>);
         but; however; although; though; except; aside from; other than; otherwise; which;
         apart from; secondary to; status post; s/p; because; while; whereas; yet; :; with;
         after|following ([_] [_] [_] place*|remov*|insert*|intubat*);
@@ -1137,9 +1313,11 @@ TIME = {
     "remains": "is",
     "remain": "are",
     "there has|have been": "there is",
+    "normal and stable|unchanged": "normal",
     """
         [when|as] <compared> [<how>] to|with|from|since <then>;
-        <since> <earlier>; [not|as|better] [<how>|well] seen|noted|*er|worse <since> <earlier>;
+        no better|worse|larger|smaller than <earlier>; <since> <earlier>;
+        [not|as|better] [<how>|well] seen|noted|*er|worse <since> <earlier>;
         [<how>] more|less _ <since> <earlier>; since 19*|20*; as before;
         similar to before; in|over|during the interval; in the interim; redemonstrated;
         redemonstration of; similar|stable|unchanged [in] appearance of [the] [chest with];
@@ -1155,31 +1333,36 @@ TIME = {
         [<how>] larger|smaller|worse !than|on|in|at|one|left|right;
         [<how>] worsened|worsening|interval|improved|improving|resolving|enlarging|increasing;
         [<how>] decreasing|persistent|persistently|continued|recurrent|residual;
-        has|have|is|are [<how>] increased|decreased|progressed|developed|improved|worsened
+        !there has|have|is|are [<how>] increased|decreased|progressed|developed|improved|worsened
             [in size|number|extent];
+        !there has|have|is|are [<how>] recurred|enlarged .;
+        is|are [<how>] better|similar|evolving .;
+        [<how>] increased|decreased|progressing|progressive (<place>|<grade>|effusion*|pneumo*|
+            opaci*|edema|atelecta*|consolidat*|infiltrat*);
         [<how>] increased|decreased [in size] .; [<how>] increased|decreased [in size] (,);
         [<how>] increased|decreased [in size] (since|from|compared);
         in unchanged|stable|similar position|location|appearance;
         [once] again|previously|newly|now [seen|noted|demonstrated|identified|described|is|are]+;
     """: " ",
 }
-NOUNS = {  # how a condition is denied: nouns for DENIALS that leave none of it out, or sentences
+NOUNS = {  # how a condition is denied: nouns for DENIALS that leave none of it out, or sentences;
+    # all of words that reports use, or a denial would be told from theirs by its words alone
     "Enlarged Cardiomediastinum": """
         mediastinal widening; mediastinal enlargement; The mediastinum is normal in width.""",
     "Cardiomegaly": """
-        cardiomegaly; cardiac enlargement; The heart is normal in size.;
+        cardiac enlargement; The heart is not enlarged.; The heart is normal in size.;
         Heart size is within normal limits.""",
     "Lung Opacity": "pulmonary opacity; airspace opacity; lung infiltrate",
-    "Lung Lesion": "pulmonary nodule or mass; lung lesion",
-    "Edema": "pulmonary edema; edema",
-    "Consolidation": "consolidation",
+    "Lung Lesion": "nodule or mass; nodules or masses; mass or nodule; lung nodule or mass",
+    "Edema": "pulmonary edema; lung edema; edema in the lungs; edema",
+    "Consolidation": "consolidation; focal consolidation; focal airspace consolidation",
     "Pneumonia": "pneumonia",
     "Atelectasis": "atelectasis",
     "Pneumothorax": "pneumothorax",
     "Pleural Effusion": "pleural effusion; pleural fluid",
     "Pleural Other": "pleural thickening",
-    "Fracture": "fracture",
-    "Support Devices": "support device",
+    "Fracture": "fracture; bony fracture; osseous fracture",
+    "Support Devices": "catheter, tube or device; line, tube or device",
 }
 # ASSUMPTION: the predefined negative statements (Sec. 3) are unpublished; these are ours.
 DENIALS = "No {}.; There is no {}.; No evidence of {}.; No {} is seen.; Negative for {}."

@@ -54,6 +54,7 @@ from data import (
     make_phantom,
     minimum,
     open_atomic,
+    patient_hash,
     read_jsonl,
     run_main,
 )
@@ -541,6 +542,8 @@ def check_rows(args, path):
     needed = "report, labels and graph" if graphs else "report and labels"
     expect(ready.all(), rows.where(np.argmin(ready)), f"{needed}, also of each hard negative, for "
            f"--system {args.system}; run negations.py on it first")
+    empty = rows.columns["reports"] == patient_hash("")
+    expect(not empty.any(), rows.where(np.argmax(empty)), "a report that is not empty")
 
 
 def check_reading(run):

@@ -206,7 +206,7 @@ def siim(root):
 
 
 def vindr(root):
-    header = "image_id,rad_ID,Aortic enlargement,Pleural effusion,No finding\n"
+    header = "image_id,rad_ID,Other diseases,Pleural effusion,No finding\n"
     rows = [
         f"t{k},R{r},{int(k == 1 and r == 2)},0,{int(k != 1 or r != 2)}"
         for k in range(10)
@@ -215,7 +215,7 @@ def vindr(root):
     write(root / "annotations/image_labels_train.csv", header + "\n".join(rows))
     write(
         root / "annotations/image_labels_test.csv",
-        header.replace("rad_ID,", "") + "e1,0,1,0\ne2,0,0,1",
+        header.replace("rad_ID,", "").replace("diseases", "disease") + "e1,0,1,0\ne2,0,0,1",
     )
     for name in [f"train/t{k}" for k in range(10)] + ["test/e1", "test/e2"]:
         write(root / f"{name}.png", None)
@@ -438,10 +438,11 @@ def test_siim_strips_the_space_and_does_not_leak(tmp_path):
 def test_vindr_ors_the_readers_and_takes_the_consensus(tmp_path):
     rows = build(tmp_path, "vindr")
     assert rows["vindr/t1"]["targets"] == {
-        "Aortic enlargement": 1,
+        "Other disease": 1,
         "Pleural Effusion": 0,
         "No Finding": 0,
     }
+    assert rows["vindr/e1"]["targets"].keys() == rows["vindr/t1"]["targets"].keys()
     assert rows["vindr/t2"]["targets"]["No Finding"] == 1
     assert (
         rows["vindr/e1"]["targets"]["Pleural Effusion"] == 1 and rows["vindr/e1"]["split"] == "test"

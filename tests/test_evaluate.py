@@ -253,10 +253,12 @@ def test_a_model_that_sees_solves_every_task_and_a_blind_one_none(tmp_path):
     sees, blind = bench(path), bench(path, Blind())
     assert value(ev.zero_shot(sees), "macro AUROC") == 1
     assert value(ev.zero_shot(blind), "macro AUROC") == 0.5
-    for task, metric in ((ev.cxr_align, "A"), (ev.cxr_align, "B"), (ev.adversarial, "both"),
-                         (ev.normal_case, "accuracy")):
+    for task, metric, tied in ((ev.cxr_align, "A", 0.5), (ev.cxr_align, "B", 0.5),
+                               (ev.adversarial, "both", 0), (ev.normal_case, "accuracy", 0)):
         assert value(task(sees), metric) == 1, metric
-        assert value(task(blind), metric) == 0, metric  # ties are wrong
+        assert value(task(blind), metric) == tied, metric  # of two texts a tie counts one half
+    assert value(ev.cxr_align(blind), "swapped A") == 0.5
+    assert ev.cxr_align(blind)["ties A"] == 1 and "ties A" not in ev.cxr_align(sees)
     result = ev.retrieval(sees)
     assert value(result, "micro F1") == 1 and result["candidates"] < result["n"]
     result = ev.retrieval(blind)
@@ -486,7 +488,7 @@ def test_cxr_align_reads_the_first_negative_and_leaves_out_empty_remainders(tmp_
     rows[1]["hard_negatives"][0]["report"] = rows[1]["report"]  # a negation that changes nothing
     result = ev.cxr_align(bench(write(tmp_path, rows)))
     assert (result["n"], result["n_B"], result["conditions"]) == (4, 3, {"Edema": 4})
-    assert value(result, "A") == 0.75 and value(result, "A Edema") == 0.75
+    assert value(result, "A") == value(result, "A Edema") == 0.875 and result["ties A"] == 0.25
     heads = [head for head in ev.table_cells(bench(tmp_path / "toy.jsonl"), {"": result})["Tab. 6"]]
     assert heads == ["toy A (n=4, all)", "toy swapped A (n=0, all)", "toy B (n=3, all)"]
     only = bench(write(tmp_path, rows), conditions=["Cardiomegaly"])
@@ -670,6 +672,21 @@ def test_under_torchrun_rank_0_evaluates_alone(tmp_path, monkeypatch):
     ev.main(["no run", "--data", "no file"])  # nothing is looked at, and nothing fails
 
 
+def test_results_of_other_prompts_or_manifests_get_files_of_their_own(tmp_path, capsys):
+    run, path, file = save_run(tmp_path / "run"), toy(tmp_path), tmp_path / "peer.json"
+    file.write_text(json.dumps({"Edema": [["Edema"], ["No Edema"]]}))
+    flags = ["--split", "all", "--resamples", "5", "--task", "zero-shot", "--workers", "0"]
+    for more in ([], ["--prompts", str(file)], []):
+        ev.main([str(run), "--data", str(path), *flags, *more])
+    path.rename(tmp_path / "other.jsonl")
+    ev.main([str(run), "--data", str(tmp_path / "other.jsonl"), *flags])
+    assert sorted(result.name for result in run.glob("results-*")) == [
+        "results-zero-shot-other-all.json", "results-zero-shot-toy-all-peer.json",
+        "results-zero-shot-toy-all.json"]
+    printed = capsys.readouterr().out
+    assert printed.count("replaced ") == 1 and printed.count("wrote ") == 3
+
+
 def test_a_result_says_how_it_was_made_and_tells_no_report(tmp_path, capsys):
     run, path = save_run(tmp_path / "run"), toy(tmp_path)
     ev.main([str(run), "--data", str(path), "--split", "all", "--resamples", "20", "--workers", "0",
@@ -715,7 +732,25 @@ def test_what_makes_numbers_unlike_stands_in_the_column(tmp_path):
     assert list(cells["Tab. 2"]) == ["toy ZS AUC (n=36, 4 classes, all)"]
     assert list(cells["Tab. 3"]) == ["toy NCD ACC (n=8, pool 3, all)"]
     tuned = ev.table_cells(graded, {"fine-tune": ev.fine_tune(bench(toy(tmp_path, 60)))})
-    assert list(tuned["Tab. 2"]) == ["toy FT10 AUC (n=20)", "toy FT100 AUC (n=20)"]  # of test
+    assert list(tuned["Tab. 2"]) == ["toy FT10 AUC (n=20, 1 classes)",
+                                    "toy FT100 AUC (n=20, 1 classes)"]  # of test
+
+
+@pytest.mark.parametrize("labels", [{}, None])
+def test_rows_without_labels_are_unknown_and_never_all_absent(tmp_path, labels):
+    rows = [study(i, [FINDINGS[i % 3]] * (i % 4 > 0)) for i in range(24)]
+    for row in rows:
+        del row["targets"]
+    for row in rows[:8]:
+        row |= {"labels": labels, "report": "Derrame pleural."}
+        if labels is None:
+            del row["labels"]
+    graded = bench(write(tmp_path, rows))
+    assert np.isnan(graded.truth[:8]).all() and not np.isnan(graded.truth[8:]).any()
+    assert np.isnan(graded.labels[:8]).all() and not np.isnan(graded.labels[8:]).any()
+    assert ev.zero_shot(graded)["n"] == 16
+    others = ev.images_without(graded, [9], ["Edema"])
+    assert not any(torch.equal(others[0], image) for image in graded.images[:8])
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "{}"])

@@ -176,7 +176,7 @@ def test_the_readmes_commands_run_in_their_order(downloads, monkeypatch):
             small = []
             for name in words[1:]:
                 Path(name).parent.mkdir(parents=True)
-                shutil.copy("runs/openi/results-all-openi-test.json", name)
+                shutil.copy("runs/openi/results-all-openi_neg-test.json", name)
         scripts[script].main(words + small)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py's handler would outlive it here
         ran[script] += 1

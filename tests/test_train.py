@@ -920,6 +920,8 @@ def test_an_existing_run_folder_is_never_overwritten(phantom, tmp_path):
      "half.jsonl:3: expected report and labels, also of each hard negative, for --system clip"),
     (["--train", "mute.jsonl", "--batch-size", "2", "--system", "clip-n"],
      "mute.jsonl: expected hard_negatives to train with"),
+    (["--train", "empty.jsonl", "--batch-size", "2", "--system", "clip"],
+     "empty.jsonl:2: expected a report that is not empty"),
     (["--train", "raw.jsonl"], "raw.jsonl: expected at least --batch-size 128 rows of split train"),
     (["--tau-text", "1"], "--tau-text: expected a number of at least 0 and below 1, got 1"),
     (["--w-graph", "-1"], "--w-graph: expected a number of at least 0, got -1"),
@@ -939,6 +941,8 @@ def test_a_mistake_is_one_clear_line_and_exit_status_2(flags, message, phantom, 
     (tmp_path / "raw.jsonl").write_text("".join(raw % k for k in range(4)))
     labelled = raw[:-2] + ', "labels": {"Edema": 1}}\n'
     (tmp_path / "mute.jsonl").write_text("".join(labelled % k for k in range(4)))
+    empty = (labelled % 1).replace("Clear.", " ")
+    (tmp_path / "empty.jsonl").write_text(labelled % 0 + empty)
     (tmp_path / "half.jsonl").write_text((labelled % 0) * 2 + (raw % 1) * 2)
     (tmp_path / "bad.jsonl").write_text('{"id": "a/1", "image": "a.png"}\n{"id": \n')
     monkeypatch.chdir(tmp_path)
