@@ -213,7 +213,7 @@ _LEAD = re.compile(r"^(?:(?:and|but|or|which|is|are|of|although|though|while|how
 _BARE = re.compile(r"\W*\w+(?:ed|ous|ic|ent|ive|ary)\W*(?:$|(?:and|or|but)\b)", re.I)  # no noun
 _HALF = re.compile(r"(?<!\b[ot][no] the )(?<!\b[ot][no] )\b(?:right|left|upper|lower|middle|mid|"
                    r"costophrenic|cardiophrenic)\W*$", re.I)  # the noun of a place is missing
-_REFERS = re.compile(r"(?:this|these|it|they|which)\b", re.I)
+_REFERS = re.compile(r"(?:this|these|it|its|they|which|the (?:largest|tip))\b", re.I)
 _PLACE_LIST = re.compile(  # "heart size and mediastinal contours are normal"
     r"^(?P<lead>(?:the |both |normal |unremarkable )*)"
     r"(?P<places>[\w\s,/-]+?,? and (?:the )?[\w\s-]+?)"
@@ -266,17 +266,14 @@ def _state(value, phrase):
 def _split(sentence):
     """One entity a sentence, where a list or a conjunction can be cut."""
     pieces = [sentence]
-    for cut in (_cut_places, _cut_findings, _cut_places, _cut_findings):
-        pieces = [smaller for piece in pieces for smaller in _cut_if_same(cut, piece)]
-    return tuple(_finish(piece) for piece in pieces)
-
-
-def _cut_if_same(cut, sentence):
-    pieces = cut(sentence)
-    whole = pieces and not any(_HALF.search(piece) for piece in pieces[:-1])
-    if whole and _said(pieces) == _said([sentence]):
-        return pieces
-    return [sentence]
+    for cut in (_cut_places, _cut_findings):
+        smaller = cut(pieces[0])
+        whole = smaller and not any(_HALF.search(piece) for piece in smaller[:-1])
+        if whole and _said(smaller) == _said([sentence]):
+            pieces = smaller
+        if len(pieces) > 1:
+            return tuple(itertools.chain.from_iterable(map(_split, pieces)))
+    return (_finish(pieces[0]),)
 
 
 def _cut_places(sentence):
@@ -359,14 +356,21 @@ def _cut_time(sentence):
     if _GONE.search(text) and any(m.value == DENIED for m in mentioned):
         text = " ".join(_state(m.value, _noun_phrase(text, m)) for m in mentioned)
     for phrases, replacement in TIME.items():
-        if _first_look(phrases).search(text.lower()):
-            text = matcher(phrases).sub(replacement, text)
+        text = _replace(phrases, replacement, text)
     vague = "empty"
     if text != sentence:
         text, vague = _repair(text), "leftover"
     if not mentioned and all(_is(vague, word) for word in _WORD.findall(text)):
         return ""
     return _finish(text)
+
+
+def _replace(phrases, replacement, text):
+    kept, begin = "", 0
+    for match in matcher(phrases).finditer(text.lower()):
+        kept += text[begin:match.start()] + replacement
+        begin = match.end()
+    return kept + text[begin:]
 
 
 def _repair(text):
@@ -390,10 +394,10 @@ def _noun_phrase(sentence, mention):
 def _noun_span(sentence, mention):
     start, end = mention.start, mention.end
     near = max(0, start - 100)  # seven words; a sentence may be a whole report
-    before = matcher("<place>|<grade> [<place>|<grade>]+ .").search(sentence, near, start)
+    before = matcher("<place>|<grade> [<place>|<grade>]+ .").search(sentence.lower(), near, start)
     if before:
         start = before.start()
-    tails = matcher("<located>").match(sentence, end + 1), _ITS_NOUN.match(sentence, end)
+    tails = matcher("<located>").match(sentence.lower(), end + 1), _ITS_NOUN.match(sentence, end)
     return start, max([end, *(tail.end() for tail in tails if tail)])
 
 
@@ -424,7 +428,7 @@ def label_report(text):
 def understood(text):
     """Whether a phrase of the tables is in it, a finding's or one of normality."""
     found = any(map(all_mentions, _sentences(text)))
-    return found or bool(matcher("<healthy>").search(text))
+    return found or bool(matcher("<healthy>").search(text.lower()))
 
 
 def positives(labels):
@@ -465,8 +469,6 @@ def all_mentions(sentence):
 def _mentions(lower):
     mentioned, cues = [], None
     for condition in FINDINGS:
-        if not _first_look(FINDINGS[condition]).search(lower):
-            continue
         for match in _finding(condition).finditer(lower):
             start, end = match.span()
             value = {"denied": DENIED, "unsure": UNCERTAIN}.get(match.lastgroup)  # else None
@@ -589,13 +591,13 @@ def _list(name):
 @cached
 def _is(name, word):
     """Whether a word is in the list of this name."""
-    return bool(matcher(f"<{name}>").fullmatch(word))
+    return bool(matcher(f"<{name}>").fullmatch(word.lower()))
 
 
 @functools.cache
 def matcher(table):
     """The phrases of a table as one compiled regular expression."""
-    return re.compile(rf"\b{_either(_phrases(table))}(?!\w)", re.I)
+    return re.compile(rf"\b{_either(_phrases(table))}(?!\w)")
 
 
 @functools.cache
@@ -606,31 +608,6 @@ def _finding(condition):
     for phrase in _phrases(FINDINGS[condition]):
         groups[signs.get(phrase[0], "present")].append(phrase.lstrip("?-"))
     return _grouped(groups)
-
-
-@functools.cache
-def _first_look(table):
-    """Beginnings of words, one of which is in whatever the table's phrases fit; small letters."""
-    stems = set()
-    for phrase in _phrases(table):
-        stems |= _stems(phrase.lstrip("?-"))
-    return re.compile("|".join(sorted(stems)))
-
-
-def _stems(phrase):
-    """The beginnings of that word of a phrase which has none that is short."""
-    choices = []
-    for item in reversed(_ITEM.findall(phrase)):  # the last word says more than "on" or "from"
-        if item[0].isalpha() or item[0] in "*<":
-            stems = [_stems_of(word) for word in item.split("|")]
-            choices.append(set().union(*stems))
-    return max(choices, key=lambda stems: min(map(len, stems)))
-
-
-def _stems_of(word):
-    if word[0] != "<":
-        return {word.strip("*").split("-")[0].replace("#", "")}
-    return set().union(*map(_stems, _phrases(LISTS[word.strip("<>")])))
 
 
 @functools.cache
@@ -716,10 +693,10 @@ def _nearest(i, heads):
 
 
 def _nodes(sentence):
-    tokens, nodes = [], []
+    tokens, nodes, mentioned = [], [], mentions(sentence)
     for i, match in enumerate(_TOKEN.finditer(sentence)):
         tokens.append(match[0])
-        around = [m for m in mentions(sentence) if m.start <= match.start() < m.end]
+        around = [m for m in mentioned if m.start <= match.start() < m.end]
         mention = around[0] if around else None
         kind, value = _role(match[0], mention)
         if nodes and nodes[-1].last == i - 1:
@@ -1038,7 +1015,7 @@ LISTS = {
             !lymph|node*|mass*|adeno*|clip*|fat
             [silhouette|silhouettes|shadow|contour|contours|structures|width|size];""",
     "normal": """
-        normal|unremarkable; not remarkable; within limits;
+        normal|unremarkable|wnl; not remarkable; within limits;
         upper limits [of] [the] [normal];
         not|isn't|aren't [_] enlarged|widened|prominent; no longer [_] enlarged|widened|prominent;
         cannot be [_] [_] enlarged|widened;""",
@@ -1048,18 +1025,20 @@ LISTS = {
         abnormal; enlarged|widened|prominent|tortuous|borderline;""",
     # words of a text that was understood, and found normal
     "healthy": """
-        normal|clear|unremarkable|stable|unchanged|negative|intact|healthy|midline|wnl|nothing;
+        normal|clear|unremarkable|stable|unchanged|negative|intact|healthy|midline|wnl|nad|nothing|
+        maintained|preserved;
         within limits; no|without acute|active;
         no|without [_] [_] change|changes|interval|evidence;""",
     # for CUES
     "cannot": "cannot; can not; can't; could not; not; difficult to; hard to",
     "excluded": "exclude; excluded; rule out; ruled out",
     "solved": """
-        ruled out; excluded|absent|resolved|cleared|gone|discontinued|disappeared|removed;
+        ruled out; excluded|absent|resolved|cleared|gone|discontinued|disappeared|removed|explanted;
         taken out; withdrawn|pulled !to|back|by|into|and""",
     "doubt": """
         must|should be <excluded>; has|have|needs|need to be <excluded>;
         suspected|questioned|possible|considered|favored|favoured .;
+        suspected|questioned|possible|considered (at|in|on);
         is|are|be [less|more|most] possible|suspected|questioned|considered;
         is|are|be|remains|remain [less|more|most] likely|probable|presumed .;
         is|are|be|remains|remain [less|more|most] likely|probable|presumed (,);
@@ -1088,6 +1067,7 @@ LISTS = {
     "dated": "<study>|<ago>|from|dated|of|on|at|performed|pa|ap|lateral|am|pm|a.m|p.m|#",
     "then": """
         [<the>]+ <prior>|<ago>|19*|20* [<dated>]+; [<the>]+ [_] <study> [<dated>]+;
+        [<the>]+ [_] <study> from|over|of [<the>]+ <prior> two|three|few days|weeks|months;
         [<the>]+ <prior> two|three|four|several|few days|weeks|months""",
     "earlier": "[<the>]+ <prior>|<ago>|yesterday|__* [<dated>]+; [<the>]+ _ [_] <prior> [<dated>]+",
     "since": "since|from|on|than; than on; as of",
@@ -1118,6 +1098,7 @@ LISTS = {
         arteries|vein|interstitium|bronchi|carina|cardiopulmonary|bony|skeletal|soft|tissues|
         airways|field|fields""",
     "grade": """
+        mild-to-moderate|moderate-to-severe|small-to-moderate|moderate-to-large|
         mild|mildly|moderate|moderately|severe|severely|minimal|minimally|marked|markedly|trace|
         tiny|small|large|massive|subtle|slight|slightly|patchy|focal|diffuse|multifocal|
         scattered|streaky|linear|hazy|dense|ill-defined|acute|chronic|subsegmental|segmental|
@@ -1168,38 +1149,41 @@ FINDINGS = {
         -lung|lungs|hemithora* ,... clear !of; -clear [_] lung|lungs;""",
     "Lung Lesion": """
         nodul*|micronodul* !infiltr*|contour*|interst*|pattern [opacit*|densit*|lesion*];
-        mass|masses !effect; tumor|tumors|tumour|tumours; neoplas*; malignan*;
-        *carcinoma|*carcinomas|cancer|cancers; metasta*;
-        lung|pulmonary|cavit*|focal lesion|lesions;""",
+        calcif* [<place>]+ nodul*|mass|masses; mass|masses !effect; neoplas*; malignan*;
+        tumor|tumors|tumour|tumours; *carcinoma|*carcinomas|cancer|cancers;
+        metasta* [disease|process];
+        lung|pulmonary|cavit*|focal|round|rounded lesion|lesions;""",
     "Edema": "!tissue edema|oedema;",
     "Consolidation": "consolidat*;",
     "Pneumonia": """
         pneumonia|pneumonias|pneumoniae|pneumonitis|bronchopneumonia|bronchopneumonias|pna;
         !granulomatous|tuberculous|prior|old|remote infecti* [process|etiology];""",
-    "Atelectasis": "atelecta*; lobar|lobe|lung collapse; collaps* ... lobe|lung;",
+    "Atelectasis": """
+        atelecta*; !vertebral|vertebra|body|compression collapse; collaps* ... lobe|lung;""",
     "Pneumothorax": "*pneumo-thora*|ptx;",
     "Pleural Effusion": """
         !pericardial|joint effusion|effusions; pleural [_] fluid; loculated|layering fluid;
         fluid in|at|within the [_] [_] fissure|fissures|sulcus|base|bases|hemithorax;
         hydro-pneumo*|hemo-pneumo*|haemo-pneumo*|hemothora*|haemothora*;
-        -pleural space|spaces [_] clear|free; -pleural space|spaces without fluid;""",
+        -pleural space|spaces [_] clear|free|devoid; -pleural space|spaces without fluid;""",
     "Pleural Other": """
         pleural [_] thicken*|scar*|plaque|plaques|calcif*|capping|cap; thicken* of the [_] pleura;
         apical|biapical cap*; pleuro-parenchymal _; fibrothorax;""",
     "Fracture": "!lead|wire fractur* !fixation;",
     "Support Devices": """
-        -extubated|extubation; [_] tube|tubes; intubated; tracheostomy; *catheter|*catheters;
-        pace-maker|pace-makers; [_] port; port-a-cath*; mediport;
+        -extubated|extubation; [_] tube|tubes|port|drain|drains|clip|clips|device|devices;
+        intubated; tracheostomy; *catheter|*catheters [sheath|sheaths];
+        pace-maker|pace-makers; port-a-cath*; mediport;
         central|venous|picc|ij|jugular|subclavian|arterial [_] line|lines; picc|piccs;
         prosthe*; [fracture] [fixation] hardware; fixation|metal*|surgical plate|plates;
-        pigtail|pigtails; rod|rods|tubing|sheath|sheaths|staple|staples; [_] drain|drains;
+        pigtail|pigtails; rod|rods|tubing|sheath|sheaths|staple|staples;
         screw|screws;
         stent|stents; icd|aicd;
         pacer|pacing|icd|aicd|ventricular|monitor*|ekg|ecg [_] lead|leads|wire|wires;
         defibrillator|defibrillators|stimulator|stimulators|generator|generators;
         [intact] [sternal|sternotomy|cerclage] wires|sutures; sternal|sternotomy wire|suture;
-        [_] clip|clips; [_] device|devices;
-        balloon pump; ett|etts|ngt|ogt|iabp|lvad|rvad|cvc|cvl; swan-ganz; dobhoff|dobbhoff;
+        balloon pump; ett|etts|ngt|ogt|iabp|lvad|rvad|cvc|cvl|uac|uvc|tavr;
+        swan-ganz [catheter|catheters]; dobhoff|dobbhoff;
         *cannula|*cannulas; prosthetic|mechanical|artificial|bioprosthetic [_] valve|valves;
         valve replacement|prosthesis;""",
     OTHER: """
@@ -1215,7 +1199,10 @@ FINDINGS = {
         low|lower|small|decreased|diminished|reduced [lung] volume|volumes|inspir*; foreign bod*;
         volume|volumes [are|is|have|has|been|remain|remains]+ [_] low|lower|decreased|reduced;
         worse|worsening|worsened|decreased|poor aeration; aspiration|contusion|contusions;
-        distension|distention|distended; dextrocardia; situs inversus; right [sided] aortic arch;
+        ards; emboli; interstitial|reticular [lung] [_] change*|disease|thickening;
+        subcutaneous|soft-tissue air|gas; increased|prominent|engorged [_] vascular*|vasculature;
+        coronary [artery] bypass [graft*]; distension|distention|distended; dextrocardia;
+        situs inversus; right [sided] aortic arch;
         increased|coarse*|crowd* [_] [_] markings; crowding; kerley; *bronchial cuffing;
         blunt*; flatten*; pectus; lucen*; heart failure; chf; hypertension;
         pneumo-periton*|pneumo-mediastin*; free [_] air; shift*; deviat*; fullness; sternotomy;
@@ -1270,12 +1257,12 @@ CUES = {
         indication :; reason for _ :; clinical question|worry|concern;
         if there is|are [_] concern|suspicion; recommend*; advise*; correlat*;
         evaluat*|assess* for|of|to; sensitiv*; obscur*; history of;
-        h/o; please note; to identify; look for; f/u; follow-up;
+        h/o; to determine|clarify; please note; to identify; look for; f/u; follow-up;
         ensure|document|confirm|until [_] [_] resol*|clear* [of];""",
     "no": """
         negative|free|clear|devoid for|of|from; no longer; rather than; instead of; no; not;
-        without; w/o; never; fails|fail|failed to _; unlikely to; neither; nor; denies; absent;
-        non; complete drainage|evacuation of;
+        without; w/o; never; fails|fail|failed to _; unlikely|nothing to _; neither; nor; denies;
+        absent; non; complete drainage|evacuation of;
         isn't|aren't|wasn't|weren't|doesn't|don't;
         resolved; removal of ... <device> and;
         [interval|complete] removal|resolution|clearing|absence|lack of;""",
@@ -1285,7 +1272,7 @@ CUES = {
         probable|probably; likely; suspect*; suspicious for|of; concern*; question*; suggest*;
         consider|considered|considering;
         perhaps; possibility; suspicion; favor|favors|favours; favored|favoured|felt|thought to;
-        potential*; worrisome;
+        potential*; worrisome; query;
         presum*; doubt*; rule out; exclude; equivocal; indeterminate for;
         differential; apparent; borderline; if;""",
     "end": """
@@ -1295,7 +1282,8 @@ CUES = {
         ,|and !(,... or|nor) (worse|worsening|interval|layering|healing|progressive|known);
         ,|and !(,... or|nor) (... is|are|has|have|persist|persists !<verdict>);
         but; however; although; though; except; aside from; other than; otherwise; which;
-        apart from; secondary to; status post; s/p; because; while; whereas; yet; :; with;
+        positive for; apart from; secondary to; status post; s/p; because; while; whereas; yet;
+        :; with;
         after|following ([_] [_] [_] place*|remov*|insert*|intubat*);
         ,|and (the|there|stable|is|are|may|with|unchanged|status|again|which|however|limited);
         ,|and (possible|possibly|probable|probably|likely|consistent|compatible|visuali*|mediast*);
@@ -1316,8 +1304,9 @@ TIME = {
     "normal and stable|unchanged": "normal",
     """
         [when|as] <compared> [<how>] to|with|from|since <then>;
-        no better|worse|larger|smaller than <earlier>; <since> <earlier>;
-        [not|as|better] [<how>|well] seen|noted|*er|worse <since> <earlier>;
+        no better|worse|larger|smaller than <earlier>;
+        <since> <earlier> !fractur*|surg*|trauma|injur*|infect*|operat*;
+        [not|as|better] [<how>|well] seen|noted|appreciated|*er|worse <since> <earlier>;
         [<how>] more|less _ <since> <earlier>; since 19*|20*; as before;
         similar to before; in|over|during the interval; in the interim; redemonstrated;
         redemonstration of; similar|stable|unchanged [in] appearance of [the] [chest with];
@@ -1326,6 +1315,9 @@ TIME = {
         no|without|little [_] [_] <more> .;
         [<graded>] interval development|appearance|change|changes|placement|enlargement|<more>
             [of|in] [the];
+        with [mild|minimal|small] residual .; stable|unchanged and (normal|within|unremarkable);
+        !there has|have increased|decreased in size and number|extent;
+        following|after [_] [_] thoracentesis|drainage|diuresis|extubation ,;
         persist|persists; [not|no] [<how>|overall] <steady>; new !york;
         [<graded>] <more> in|of [the] [size of] [the];
         [<how>] less|more prominent|conspicuous|apparent|evident|pronounced|extensive
@@ -1353,7 +1345,7 @@ NOUNS = {  # how a condition is denied: nouns for DENIALS that leave none of it 
         cardiac enlargement; The heart is not enlarged.; The heart is normal in size.;
         Heart size is within normal limits.""",
     "Lung Opacity": "pulmonary opacity; airspace opacity; lung infiltrate",
-    "Lung Lesion": "nodule or mass; nodules or masses; mass or nodule; lung nodule or mass",
+    "Lung Lesion": "nodule or mass; mass or nodule; lung nodule or mass",
     "Edema": "pulmonary edema; lung edema; edema in the lungs; edema",
     "Consolidation": "consolidation; focal consolidation; focal airspace consolidation",
     "Pneumonia": "pneumonia",
