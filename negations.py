@@ -42,7 +42,6 @@ from data import (
 
 PRESENT, DENIED, UNCERTAIN = 1, 0, -1
 OTHER = "Other"  # abnormal, outside the 14: cancels No Finding
-LONGEST = 100  # words of a sentence; longer ones are cut, since no list has so many
 # ASSUMPTION: if omission leaves nothing, r^r is this sentence, which names no finding.
 NOTHING_LEFT = "Frontal chest radiograph."
 cached = functools.lru_cache(1 << 15)  # the same sentences come again and again
@@ -63,7 +62,10 @@ def annotate(record, *, seed=0, labels=None, graph=None):
     report = " ".join(sentences)
     if labels is None:
         labels = label_report(report)
-    brought = graph or brought_graph(record)
+    graph = graph or record.get("graph") or {}
+    brought = graph and graph.get("data_source") != "rules"  # those are an earlier run's
+    if not brought:
+        graph = rule_graph(sentences)
 
     # each positive entity, in random order: the paper takes one of them, training draws one anew
     negatives, conditions = [], positives(labels)
@@ -73,9 +75,7 @@ def annotate(record, *, seed=0, labels=None, graph=None):
         if rest == sentences or label_report(report).get(condition) == DENIED:
             continue  # labels from elsewhere, of which the text says nothing or the contrary
         # r^n: its negation at the beginning, in the middle or at the end
-        denial = draw_denial(condition, rng)
-        position, place = draw_place(rest, rng)
-        negated = [*rest[:place], *denial, *rest[place:]]
+        negated, denial, position = deny(rest, condition, rng)
         text = " ".join(negated)
         negatives.append({
             "condition": condition,
@@ -83,11 +83,11 @@ def annotate(record, *, seed=0, labels=None, graph=None):
             "report": text,
             "position": position,
             "labels": negated_labels(labels, condition, text),
-            "graph": negated_graph(brought, condition, denial) if brought else rule_graph(negated),
+            "graph": negated_graph(graph, condition, denial) if brought else rule_graph(negated),
         })
-    return record | {"report": report, "original_report": original_report(record),
-                     "labels": labels, "graph": brought or rule_graph(sentences),
-                     "hard_negatives": negatives}
+    return record | {
+        "report": report, "original_report": record.get("original_report", record["report"]),
+        "labels": labels, "graph": graph, "hard_negatives": negatives}
 
 
 def negated_labels(labels, condition, text):
@@ -99,21 +99,10 @@ def negated_labels(labels, condition, text):
     return labels
 
 
-def original_report(record):
-    """The report as it was before any clean-up."""
-    return record.get("original_report", record["report"])
-
-
 def clean(record):
     """Sentences of one clinical entity each, without comparison to earlier examinations."""
-    text = original_report(record)
+    text = record.get("original_report", record["report"])
     return split_sentences(remove_temporal(text)) or split_sentences(text)  # not "Stable chest."
-
-
-def brought_graph(record):
-    """The graph that the record came with; None if it has none or one of an earlier run by rule."""
-    graph = record.get("graph")
-    return graph if graph and graph.get("data_source") != "rules" else None
 
 
 # ---------------------------------------------------------------- omission and denial (Sec. 3, 4.1)
@@ -132,9 +121,8 @@ def negate(text, condition, rng):
     if condition not in NOUNS:
         raise ValueError(f"cannot negate {condition!r}: expected one of {', '.join(NOUNS)}")
     rest = omit_from(split_sentences(text), condition)
-    denial = draw_denial(condition, rng)
-    _, place = draw_place(rest, rng)
-    return " ".join(rest) or NOTHING_LEFT, " ".join([*rest[:place], *denial, *rest[place:]])
+    negated, *_ = deny(rest, condition, rng)
+    return " ".join(rest) or NOTHING_LEFT, " ".join(negated)
 
 
 def omit_from(sentences, condition):
@@ -158,7 +146,7 @@ def _omit(sentence, condition):
     for other, value in _said([sentence]).items():
         if other == condition or (other == OTHER and value == DENIED):
             continue
-        phrases = [_noun_phrase(sentence, m) for m in mentions(sentence) if m.condition == other]
+        phrases = [sentence[_noun(sentence, m)] for m in mentions(sentence) if m.condition == other]
         for phrase in [*phrases, *_phrases(NOUNS.get(other, ""))]:
             piece = _state(value, phrase)
             says = {m.condition: m.value for m in all_mentions(piece)}
@@ -169,23 +157,20 @@ def _omit(sentence, condition):
     return tuple(kept)
 
 
-def draw_denial(condition, rng):
-    """Sentences of one entity each that deny the condition."""
+def deny(sentences, condition, rng):
+    """A denial, of one entity a sentence, put among sentences: (all, the denial, its position)."""
     denial = _draw(_phrases(NOUNS[condition]), rng)
     if denial.islower():  # a noun
         denial = _draw(_phrases(DENIALS), rng).format(denial)
-    return split_sentences(denial)
-
-
-def draw_place(sentences, rng):
-    """(position, index): the beginning, middle or end, of those that the sentences have."""
+    denial = split_sentences(denial)
     places = {"beginning": [0]}
     if sentences:
         places["end"] = [len(sentences)]
     if len(sentences) > 1:
         places["middle"] = range(1, len(sentences))
     position = _draw(list(places), rng)
-    return position, _draw(places[position], rng)
+    place = _draw(places[position], rng)
+    return [*sentences[:place], *denial, *sentences[place:]], denial, position
 
 
 def _draw(items, rng):
@@ -202,6 +187,7 @@ _BREAK = re.compile(r"(?<=[.!?])(?<!\bDr\.)(?<!\bvs\.)(?<!^\?)(?<!\s\?)\s+|"
                     r"\s(?=\d{1,2}[.)] [A-Z]|(?:FINDINGS|IMPRESSION)\s?:)")
 _HEADING = re.compile(r"^[^\w?]*(?:\d{1,2}[.)](?!\d)\s*)?"
                       r"(?:(?:findings|impression|(?:[ap]{2} )?chest)\s*:\s*)?", re.I)
+_CHUNK = re.compile(r"(?:\S+ ?){1,100}")  # words; no sentence has more, and time is bounded
 _CONJUNCTION = re.compile(
     r"(?<!compatible)(?<!consistent)(?<!keeping)(?<!associated)(?<!along),?\s+(?:(?=without\b)|"
     r"(?:and/or|and|or|nor|versus|vs\.?|with|but|however|although|while|as well as)\b,?\s+)")
@@ -241,9 +227,8 @@ def _sentences(text):
     """The sentences of a text as they stand, without numbers and headings."""
     pieces = []
     for piece in _BREAK.split(" ".join(text.split())):
-        words = piece[_HEADING.match(piece).end():].split()
-        pieces += [" ".join(words[i:i + LONGEST]) for i in range(0, len(words), LONGEST)]
-    return tuple(piece for piece in pieces if _WORD.search(piece))
+        pieces += _CHUNK.findall(piece[_HEADING.match(piece).end():])
+    return tuple(piece.strip() for piece in pieces if _WORD.search(piece))
 
 
 def _finish(piece):
@@ -354,7 +339,7 @@ def _cut_time(sentence):
     mentioned = mentions(sentence)
     text = sentence
     if _GONE.search(text) and any(m.value == DENIED for m in mentioned):
-        text = " ".join(_state(m.value, _noun_phrase(text, m)) for m in mentioned)
+        text = " ".join(_state(m.value, text[_noun(text, m)]) for m in mentioned)
     for phrases, replacement in TIME.items():
         text = _replace(phrases, replacement, text)
     vague = "empty"
@@ -385,20 +370,15 @@ _ITS_NOUN = re.compile(r"(?<=ed|us|ic|nt|ve)(?: and \w+)?(?: (?!with|and|or|in|o
                        r"{1,2}")
 
 
-def _noun_phrase(sentence, mention):
-    """The finding with the side, grade and place words around it: "small left effusion"."""
-    start, end = _noun_span(sentence, mention)
-    return sentence[start:end]
-
-
-def _noun_span(sentence, mention):
-    start, end = mention.start, mention.end
+def _noun(sentence, mention):
+    """The finding with the side, grade and place words around it, as a slice of the sentence."""
+    start, end, lower = mention.start, mention.end, sentence.lower()
     near = max(0, start - 100)  # seven words; a sentence may be a whole report
-    before = matcher("<place>|<grade> [<place>|<grade>]+ .").search(sentence.lower(), near, start)
+    before = matcher("<place>|<grade> [<place>|<grade>]+ .").search(lower, near, start)
     if before:
         start = before.start()
-    tails = matcher("<located>").match(sentence.lower(), end + 1), _ITS_NOUN.match(sentence, end)
-    return start, max([end, *(tail.end() for tail in tails if tail)])
+    tails = matcher("<located>").match(lower, end + 1), _ITS_NOUN.match(sentence, end)
+    return slice(start, max([end, *(tail.end() for tail in tails if tail)]))
 
 
 # ---------------------------------------------------------------- what a sentence says (Sec. 4.2)
@@ -511,7 +491,7 @@ def _by_cues(cues, start, end):
     return value
 
 
-_OR = re.compile(r"\b(?:versus|vs|and/or|or)\b")
+_OR = re.compile(r"[^,]*\b(?:versus|vs|and/or|or)\b[^,]*")
 
 
 def _unsure_between(mentioned, lower):
@@ -520,8 +500,8 @@ def _unsure_between(mentioned, lower):
     said = [m for m in mentioned if m.value in (PRESENT, UNCERTAIN)]
     for a, b in itertools.pairwise(said):
         between = lower[a.end:b.start]
-        joined = _OR.search(between) and not matcher(CUES["maybe"]).search(between)
-        if joined and a.condition != b.condition and "," not in between:
+        joined = _OR.fullmatch(between) and not matcher(CUES["maybe"]).search(between)
+        if joined and a.condition != b.condition:
             unsure |= {a, b}
     return tuple(m._replace(value=UNCERTAIN) if m in unsure else m for m in mentioned)
 
@@ -726,55 +706,36 @@ def _role(word, mention):
 
 def negated_graph(graph, condition, denial):
     """r^n's record: r's without the condition's entities, joined to the graph of the denial."""
-    entities = graph["entities"]
-    about = _words_about(graph["text"], condition)
-    gone = {key for key, e in entities.items() if not e["label"].upper().startswith("ANAT")
-            and any(e["start_ix"] <= place <= e["end_ix"] for place in about)}
-    gone = _left_alone(entities, gone)
-    joined = {}
-    for key, e in entities.items():
-        if key not in gone:
-            relations = [pair for pair in e.get("relations", []) if pair[1] not in gone]
-            joined[key] = e | {"relations": relations}
+    entities, about = graph["entities"], _words_about(graph["text"], condition)
+    kept = {key: e for key, e in entities.items() if e["start_ix"] not in about}
+    for e in list(kept.values()):  # a place of another finding stays
+        for _, target in e["relations"]:
+            if entities[target]["label"].upper().startswith("ANAT"):
+                kept[target] = entities[target]
+    denied, shift = rule_graph(denial), graph["text"].count(" ") + 1
     xl = any("::" in e["label"] for e in entities.values())
-    shift = graph["text"].count(" ") + 1
-    denied = rule_graph(denial)
     for key, e in denied["entities"].items():
-        joined[f"denial {key}"] = {
+        kept[f"denial {key}"] = {
             "tokens": e["tokens"], "label": XL_LABELS[e["label"]] if xl else e["label"],
             "start_ix": shift + e["start_ix"], "end_ix": shift + e["end_ix"],
-            "relations": [[name, f"denial {target}"] for name, target in e["relations"]]}
-    return graph | {"text": f"{graph['text']} {denied['text']}", "entities": joined}
+            "relations": [(name, f"denial {target}") for name, target in e["relations"]]}
+    for key, e in kept.items():
+        relations = [[name, target] for name, target in e["relations"] if target in kept]
+        kept[key] = e | {"relations": relations}
+    return graph | {"text": f"{graph['text']} {denied['text']}", "entities": kept}
 
 
 def _words_about(text, condition):
-    """The places of the words that mention the condition, in a RadGraph record's text."""
+    """The places of the words of the condition's noun phrases, in a RadGraph record's text."""
     about, first = set(), 0
     for sentence in re.split(r"(?<= [.;]) ", text):
         for m in all_mentions(sentence):
-            if m.condition == condition:
-                start = _noun_span(sentence, m)[0]  # "patchy" goes with its opacity
-                begin = first + sentence.count(" ", 0, start)
-                about.update(range(begin, begin + sentence.count(" ", start, m.end) + 1))
+            if m.condition == condition:  # "patchy" goes with its opacity, and "in the left lung"
+                noun = _noun(sentence, m)
+                begin = first + sentence.count(" ", 0, noun.start)
+                about.update(range(begin, begin + sentence.count(" ", noun.start, noun.stop) + 1))
         first += sentence.count(" ") + 1
     return about
-
-
-def _left_alone(entities, gone):
-    """The entities that go, and the places and modifiers that stood there for these alone."""
-    supporters = {key: set() for key in entities}
-    for key, e in entities.items():
-        for name, target in e.get("relations", []):
-            if name == "modify":
-                supporters[key].add(target)
-            elif name == "located_at":
-                supporters[target].add(key)
-    while True:
-        alone = {key for key in entities.keys() - gone
-                 if supporters[key] and supporters[key] <= gone}
-        if not alone:
-            return gone
-        gone = gone | alone
 
 
 def bare_graph(where, graph):
@@ -785,44 +746,17 @@ def bare_graph(where, graph):
     check_graph(where, graph)
     graph = graph.get("0", graph)
     expect(isinstance(graph.get("text"), str), where, "a RadGraph record with its text")
-    words = range(graph["text"].count(" ") + 1)
     for i, e in enumerate(graph.get("entities", {}).values(), 1):
-        inside = e.get("start_ix") in words and e.get("end_ix") in words
-        expect(inside, f"{where}: RadGraph entity {i}", "start_ix and end_ix inside the text")
+        expect({"start_ix", "relations"} <= e.keys(), f"{where}: RadGraph entity {i}",
+               "start_ix and relations")
     return graph
 
 
-# ASSUMPTION: a RadGraph file describes the uncleaned report; its graph serves the cleaned one.
-_STUDY = re.compile(r"(?<!\w)s?(\d{8})(?!\w)")
-
-
+# ASSUMPTION: RadGraph's file describes the uncleaned report; its graph serves the cleaned one.
 def read_graphs(path):
-    """RadGraph's JSON file as {study, in PhysioNet's, or line, in the package's: record}."""
+    """PhysioNet's MIMIC-CXR_graphs.json, whose keys end in s<study>.txt, as {study: record}."""
     records = read_json(path, dict)
-    expect(records, path, "RadGraph's object of records")
-    graphs = {}
-    for name, graph in records.items():
-        study = _STUDY.search(name)
-        graphs[study[1] if study else name] = graph
-    return graphs
-
-
-def find_graph(graphs, where, record, number):
-    """The graph of a manifest's record, on this line of it; None if there is none."""
-    keys = [*_STUDY.findall(f"{record['id']} {record.get('image')}"), str(number - 1)]
-    if "study_id" in record:
-        keys = [str(record["study_id"])]
-    keys = [key for key in keys if key in graphs]
-    if not keys:
-        return None
-    graph = bare_graph(f"{where}: RadGraph's record {keys[0]}", graphs[keys[0]])
-    if keys[0] == str(number - 1):
-        words, known = (set(re.findall("[a-z0-9]+", text.lower()))
-                        for text in (graph["text"], original_report(record)))
-        expect(2 * len(words & known) >= len(words), where,
-               f"the report of RadGraph's record {keys[0]}; a line is missing from one of the "
-               "files, or their order differs")
-    return graph
+    return {Path(name).stem.removeprefix("s"): graph for name, graph in records.items()}
 
 
 # ---------------------------------------------------------------- CheXbert
@@ -886,8 +820,6 @@ def read_jobs(manifest, labeler, graphs):
     """
     for number, record in read_jsonl(manifest):
         where, labels = f"{manifest}:{number}", None
-        if record.get("graph", {}) is None:
-            del record["graph"]
         check_fields(where, record, {"id", "report"})
         if record["id"].startswith("cxr-align/"):
             raise UserError(f"{where}: CXR-Align's own r^r and r^n would be overwritten; "
@@ -896,7 +828,10 @@ def read_jobs(manifest, labeler, graphs):
             record["graph"] = bare_graph(where, record["graph"])
         if labeler == "given":
             labels = record.get("labels") or None
-        yield record, graphs and find_graph(graphs, where, record, number), labels
+        graph = (graphs or {}).get(record.get("study_id"))
+        if graph:
+            graph = bare_graph(f"{where}: RadGraph's record of its study", graph)
+        yield record, graph, labels
 
 
 def label_jobs(jobs, labeler, size=32):
@@ -913,13 +848,10 @@ def annotate_job(job, seed):
     record = annotate(record, seed=seed, labels=labels, graph=graph)
     line = json.dumps(record, ensure_ascii=False) + "\n"
     counts = Counter(f"positive: {condition}" for condition in positives(record["labels"]))
-    made = {negative["condition"] for negative in record["hard_negatives"]}
-    for condition in set(positives(record["labels"])) - made:
-        denied = label_report(record["report"]).get(condition) == DENIED
-        why = "denied there" if denied else "not found in the text"
-        counts[f"no hard negative: positive condition {why}"] += 1
+    skipped = counts.total() - len(record["hard_negatives"])
+    counts["positives that the text does not state: no negative"] = skipped
     counts["studies"] = 1
-    counts["studies with hard negatives"] = int(bool(made))
+    counts["studies with hard negatives"] = int(bool(record["hard_negatives"]))
     counts["studies of No Finding"] = record["labels"].get("No Finding", 0)
     counts["studies not understood"] = int(not understood(record["report"]))
     return line.encode("utf-8", "replace"), counts
@@ -934,7 +866,8 @@ def parse_args(argv=None):
     add("--labeler", choices=("rules", "chexbert", "given"), default="rules",
         help="given: the manifest's labels, as of MIMIC's tables; by rule where it has none")
     add("--chexbert", metavar="CKPT", help="chexbert.pth, for --labeler chexbert")
-    add("--graphs", default="rules", metavar="rules|FILE.json", help="RadGraph's file, or by rule")
+    add("--graphs", default="rules", metavar="rules|FILE.json",
+        help="PhysioNet's MIMIC-CXR_graphs.json, or by rule where the record has none")
     add("--seed", type=minimum(0), default=0,
         help="draws order, phrasing and position of the denials")
     add("--workers", type=minimum(0), default=os.cpu_count() or 1,
@@ -948,10 +881,8 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     from tqdm import tqdm
-    out, *inputs = [Path(name).resolve() for name in
-                    (args.out, args.manifest, args.graphs, args.chexbert or args.manifest)]
-    expect(out not in inputs and (out.is_file() or not out.exists()), f"--out {args.out}",
-           "a file, another than those that are read")
+    inputs = [Path(name).resolve() for name in (args.manifest, args.graphs, args.chexbert or "")]
+    expect(Path(args.out).resolve() not in inputs, f"--out {args.out}", "no file that is read")
     counts = Counter()
     graphs = read_graphs(args.graphs) if args.graphs != "rules" else None
     studies = 0
@@ -966,7 +897,7 @@ def main(argv=None):
     if args.chexbert:
         jobs = label_jobs(jobs, CheXbert(args.chexbert))
     workers = 1 if args.chexbert else args.workers
-    with open_atomic(out, "wb") as file:
+    with open_atomic(args.out, "wb") as file:
         work = functools.partial(annotate_job, seed=args.seed)
         lines = parallel(work, jobs, workers)
         for line, line_counts in tqdm(lines, unit=" studies", total=studies, disable=None):
