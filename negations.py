@@ -47,11 +47,11 @@ NOTHING_LEFT = "Frontal chest radiograph."
 cached = functools.lru_cache(1 << 15)  # the same sentences come again and again
 
 
-def annotate(record, *, seed=0, labels=None, graph=None):
+def annotate(record, *, seed=0, labels=None):
     """Fig. 2 for one record of a manifest; pure, deterministic in (seed, record["id"]).
 
-    record: dict with id and report. labels: the cleaned report's; None is `label_report`. graph:
-    r's RadGraph record; else the record's own, else by rule.
+    record: dict with id, report and, if it was brought, graph (RadGraph's; else it is made by
+    rule). labels: the cleaned report's; None is `label_report`.
     Returns the record with report (cleaned), original_report, labels, graph and hard_negatives: one
     per positive condition that the rules find in the text, CXR-Align's choice first (Sec. 3).
     """
@@ -62,7 +62,7 @@ def annotate(record, *, seed=0, labels=None, graph=None):
     report = " ".join(sentences)
     if labels is None:
         labels = label_report(report)
-    graph = graph or record.get("graph") or {}
+    graph = record.get("graph") or {}
     brought = graph and graph.get("data_source") != "rules"  # those are an earlier run's
     if not brought:
         graph = rule_graph(sentences)
@@ -118,11 +118,8 @@ def negate(text, condition, rng):
 
     condition: one of the 13 besides No Finding. rng: random.Random or numpy's Generator.
     """
-    if condition not in NOUNS:
-        raise ValueError(f"cannot negate {condition!r}: expected one of {', '.join(NOUNS)}")
-    rest = omit_from(split_sentences(text), condition)
-    negated, *_ = deny(rest, condition, rng)
-    return " ".join(rest) or NOTHING_LEFT, " ".join(negated)
+    negated, *_ = deny(omit_from(split_sentences(text), condition), condition, rng)
+    return omit(text, condition), " ".join(negated)
 
 
 def omit_from(sentences, condition):
@@ -408,7 +405,7 @@ def label_report(text):
 def understood(text):
     """Whether a phrase of the tables is in it, a finding's or one of normality."""
     found = any(map(all_mentions, _sentences(text)))
-    return found or bool(matcher("<healthy>").search(text.lower()))
+    return found or matcher("<healthy>").search(text.lower()) is not None
 
 
 def positives(labels):
@@ -626,19 +623,28 @@ class Node:
     relations: list          # (name, index of the target in the sentence)
 
 
-def rule_graph(sentences):
-    """A RadGraph record by rule: anatomy; present, absent, uncertain observations; relations."""
+def rule_graph(sentences, record=None):
+    """A RadGraph record by rule: anatomy; present, absent, uncertain observations; relations.
+
+    record: one that the sentences' entities are joined to, in its label style.
+    """
     # DIFFERS from Sec. 4.3: graphs come from rules, unless --graphs or the record brings them.
-    text, entities = [], {}
+    record = record or {"text": "", "entities": {}, "data_source": "rules"}
+    text, entities = record["text"].split(), dict(record["entities"])
+    xl = any("::" in e["label"] for e in entities.values())
+    prefix = ""
+    if entities:
+        prefix = "joined "  # so that no key is there already
     for sentence in sentences:
         tokens, nodes = _sentence_graph(sentence)
         shift, base = len(text), len(entities) + 1
         for i, (words, label, first, last, relations) in enumerate(nodes, base):
-            entities[str(i)] = {
-                "tokens": words, "label": label, "start_ix": shift + first, "end_ix": shift + last,
-                "relations": [[name, str(base + target)] for name, target in relations]}
+            entities[f"{prefix}{i}"] = {
+                "tokens": words, "label": XL_LABELS[label] if xl else label,
+                "start_ix": shift + first, "end_ix": shift + last,
+                "relations": [[name, f"{prefix}{base + to}"] for name, to in relations]}
         text += tokens
-    return {"text": " ".join(text), "entities": entities, "data_source": "rules"}
+    return record | {"text": " ".join(text), "entities": entities}
 
 
 @cached
@@ -712,17 +718,10 @@ def negated_graph(graph, condition, denial):
         for _, target in e["relations"]:
             if entities[target]["label"].upper().startswith("ANAT"):
                 kept[target] = entities[target]
-    denied, shift = rule_graph(denial), graph["text"].count(" ") + 1
-    xl = any("::" in e["label"] for e in entities.values())
-    for key, e in denied["entities"].items():
-        kept[f"denial {key}"] = {
-            "tokens": e["tokens"], "label": XL_LABELS[e["label"]] if xl else e["label"],
-            "start_ix": shift + e["start_ix"], "end_ix": shift + e["end_ix"],
-            "relations": [(name, f"denial {target}") for name, target in e["relations"]]}
     for key, e in kept.items():
-        relations = [[name, target] for name, target in e["relations"] if target in kept]
+        relations = [pair for pair in e["relations"] if pair[1] in kept]
         kept[key] = e | {"relations": relations}
-    return graph | {"text": f"{graph['text']} {denied['text']}", "entities": kept}
+    return rule_graph(denial, graph | {"entities": kept})
 
 
 def _words_about(text, condition):
@@ -814,38 +813,37 @@ class CheXbert:
 
 
 def read_jobs(manifest, labeler, graphs):
-    """Yields (record, graph, labels) of a manifest, the last two None unless they are given.
+    """Yields (record, labels) of a manifest, labels None unless they are given.
 
-    graphs: of `read_graphs`, or None. UserError names file and line.
+    graphs: of `read_graphs`, by study. UserError names file and line.
     """
     for number, record in read_jsonl(manifest):
         where, labels = f"{manifest}:{number}", None
         check_fields(where, record, {"id", "report"})
-        if record["id"].startswith("cxr-align/"):
-            raise UserError(f"{where}: CXR-Align's own r^r and r^n would be overwritten; "
-                            "evaluate.py takes the file as it is")
+        ours = not record["id"].startswith("cxr-align/")
+        expect(ours, where, "another set than CXR-Align, whose own r^r and r^n would be "
+               "overwritten; evaluate.py takes the file as it is")
+        if record.get("study_id") in graphs:
+            record["graph"] = graphs[record["study_id"]]
         if record.get("graph"):
             record["graph"] = bare_graph(where, record["graph"])
         if labeler == "given":
             labels = record.get("labels") or None
-        graph = (graphs or {}).get(record.get("study_id"))
-        if graph:
-            graph = bare_graph(f"{where}: RadGraph's record of its study", graph)
-        yield record, graph, labels
+        yield record, labels
 
 
-def label_jobs(jobs, labeler, size=32):
-    """The jobs with a model's labels of the cleaned texts, in batches of a size."""
-    while batch := list(itertools.islice(jobs, size)):
-        texts = [" ".join(clean(record)) for record, _, _ in batch]
-        for (record, graph, _), labels in zip(batch, labeler(texts), strict=True):
-            yield record, graph, labels
+def label_jobs(jobs, labeler):
+    """The jobs with a model's labels of the cleaned texts, in batches."""
+    while batch := list(itertools.islice(jobs, 32)):
+        texts = [" ".join(clean(record)) for record, _ in batch]
+        for (record, _), labels in zip(batch, labeler(texts), strict=True):
+            yield record, labels
 
 
 def annotate_job(job, seed):
     """A job as the line to write, in bytes, and what is to be counted of it."""
-    record, graph, labels = job
-    record = annotate(record, seed=seed, labels=labels, graph=graph)
+    record, labels = job
+    record = annotate(record, seed=seed, labels=labels)
     line = json.dumps(record, ensure_ascii=False) + "\n"
     counts = Counter(f"positive: {condition}" for condition in positives(record["labels"]))
     skipped = counts.total() - len(record["hard_negatives"])
@@ -881,25 +879,25 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     from tqdm import tqdm
-    inputs = [Path(name).resolve() for name in (args.manifest, args.graphs, args.chexbert or "")]
-    expect(Path(args.out).resolve() not in inputs, f"--out {args.out}", "no file that is read")
+    same = os.path.realpath(args.out) == os.path.realpath(args.manifest)
+    expect(not same, f"--out {args.out}", "another file than the one that is read")
     counts = Counter()
-    graphs = read_graphs(args.graphs) if args.graphs != "rules" else None
-    studies = 0
-    for _, graph, labels in read_jobs(args.manifest, args.labeler, graphs):
+    graphs, studies = {}, 0
+    if args.graphs != "rules":
+        graphs = read_graphs(args.graphs)
+    for record, labels in read_jobs(args.manifest, args.labeler, graphs):
         studies += 1  # each line is checked here, so that no bad one stops the run after hours
         if args.labeler == "given" and labels is None:
             counts["labels: not given, made by rule"] += 1
-        if graphs and graph is None:
+        if graphs and record.get("study_id") not in graphs:
             counts["graphs: not in the file, made by rule"] += 1
 
     jobs = read_jobs(args.manifest, args.labeler, graphs)
     if args.chexbert:
-        jobs = label_jobs(jobs, CheXbert(args.chexbert))
-    workers = 1 if args.chexbert else args.workers
+        jobs, args.workers = label_jobs(jobs, CheXbert(args.chexbert)), 1
     with open_atomic(args.out, "wb") as file:
         work = functools.partial(annotate_job, seed=args.seed)
-        lines = parallel(work, jobs, workers)
+        lines = parallel(work, jobs, args.workers)
         for line, line_counts in tqdm(lines, unit=" studies", total=studies, disable=None):
             file.write(line)
             counts.update(line_counts)

@@ -230,9 +230,8 @@ def test_an_omission_that_leaves_nothing_gives_a_sentence_without_findings():
     omitted, denied = N.negate("Cardiomegaly.", C, random.Random(0))
     assert omitted == N.NOTHING_LEFT and not N.mentions(omitted)
     assert N.NOTHING_LEFT not in denied and N.label_report(denied)[C] == 0
-    with pytest.raises(ValueError, match="No Finding") as mistake:
+    with pytest.raises(KeyError, match="No Finding"):  # the programmer's, it keeps its traceback
         N.negate("Lungs are clear.", NF, random.Random(0))
-    assert not isinstance(mistake.value, UserError)  # the programmer's, it keeps its traceback
 
 
 def test_annotate_is_a_pure_function_of_seed_and_id():
@@ -289,7 +288,7 @@ def test_what_the_text_denies_or_doubts_makes_no_hard_negative():
     report = "No pleural effusion. Cardiomegaly. Pneumonia versus aspiration."
     record = N.annotate({"id": "1", "report": report}, labels={PE: 1, C: 1, PT: 1})
     assert [n["condition"] for n in record["hard_negatives"]] == [C]
-    _, counts = N.annotate_job(({"id": "1", "report": report}, None, record["labels"]), 0)
+    _, counts = N.annotate_job(({"id": "1", "report": report}, record["labels"]), 0)
     assert counts["positives that the text does not state: no negative"] == 2
     record = N.annotate({"id": "1", "report": report})
     assert [n["condition"] for n in record["hard_negatives"]] == [C]
@@ -433,7 +432,8 @@ XL = {"text": "small pleural effusion . heart normal", "data_source": None, "ent
 
 
 def test_given_graphs_keep_their_style_and_are_not_replaced():
-    record = N.annotate({"id": "1", "report": "Pleural effusion. Heart normal."}, graph=XL)
+    record = N.annotate({"id": "1", "report": "Pleural effusion. Heart normal.",
+                         "graph": XL})
     assert record["graph"] == XL
     edited = entities(record["hard_negatives"][0]["graph"])
     assert ("normal", "Observation::definitely present") in edited
@@ -474,7 +474,7 @@ def test_radgraph_files_are_matched_by_study(tmp_path, capsys):
     assert found == [False, True, False]
     assert re.search("graphs: not in the file, made by rule +2\n", capsys.readouterr().out)
     graphs.write_text('{"p10/p10000001/s51234567.txt": {"text": 5, "entities": {}}}')
-    with pytest.raises(UserError, match="in.jsonl:2: RadGraph's record of its study: expected a"):
+    with pytest.raises(UserError, match="in.jsonl:2: expected a RadGraph record with its text"):
         N.main([str(source), "--out", str(tmp_path / "x.jsonl"), *options])
     for text in ("[]", "{"):
         graphs.write_text(text)
@@ -487,7 +487,8 @@ def test_adjectives_of_what_a_brought_graph_loses_go_with_it():
         "1": entity("mild", "OBS-DP", 0), "2": entity("patchy", "OBS-DP", 1),
         "3": entity("opacity", "OBS-DP", 2), "4": entity("mild", "OBS-DP", 4, ("modify", "5")),
         "5": entity("edema", "OBS-DP", 5)}}
-    record = N.annotate({"id": "1", "report": "Mild patchy opacity. Mild edema."}, graph=graph)
+    record = N.annotate({"id": "1", "report": "Mild patchy opacity. Mild edema.",
+                         "graph": graph})
     edited = {n["condition"]: n["graph"] for n in record["hard_negatives"]}[LO]
     kept = [e["tokens"] for e in edited["entities"].values() if e["label"] == "OBS-DP"]
     assert kept == ["mild", "edema"]
@@ -525,7 +526,7 @@ def test_a_graph_that_is_no_record_is_an_error_of_its_line(tmp_path, graph, expe
 
 def test_official_negatives_are_not_overwritten(tmp_path):
     source = write(tmp_path / "in.jsonl", [{"id": "cxr-align/1", "report": "Effusion."}])
-    with pytest.raises(ValueError, match="in.jsonl:1: CXR-Align's own"):
+    with pytest.raises(ValueError, match="in.jsonl:1: expected another set than CXR-Align"):
         N.main([str(source), "--out", str(tmp_path / "out.jsonl"), "--workers", "1"])
 
 
@@ -635,7 +636,7 @@ def test_mistakes_name_file_and_line_and_show_no_report(tmp_path):
     for out in (tmp_path, tmp_path / "fifo", "/dev/null"):
         with pytest.raises(UserError, match="expected a regular file"):
             N.main([str(source), "--out", str(out)])
-    with pytest.raises(UserError, match="--out .*: expected no file that is read"):
+    with pytest.raises(UserError, match="--out .*: expected another file than the one"):
         N.main([str(source), "--out", str(source)])
     assert source.read_text() == good + "\n"
     source.write_bytes(b'{"id": "\xff"}\n')
