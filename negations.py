@@ -44,7 +44,7 @@ PRESENT, DENIED, UNCERTAIN = 1, 0, -1
 OTHER = "Other"  # abnormal, outside the 14: cancels No Finding
 # ASSUMPTION: if omission leaves nothing, r^r is this sentence, which names no finding.
 NOTHING_LEFT = "Frontal chest radiograph."
-cached = functools.lru_cache(1 << 15)  # the same sentences come again and again
+cached = functools.lru_cache(32768)  # the same sentences come again and again
 
 
 def annotate(record, *, seed=0, labels=None):
@@ -868,7 +868,7 @@ def parse_args(argv=None):
         help="PhysioNet's MIMIC-CXR_graphs.json, or by rule where the record has none")
     add("--seed", type=minimum(0), default=0,
         help="draws order, phrasing and position of the denials")
-    add("--workers", type=minimum(0), default=os.cpu_count() or 1,
+    add("--workers", type=minimum(0), default=os.cpu_count(),
         help="processes, unless CheXbert labels")
     args = parser.parse_args(argv)
     if (args.labeler == "chexbert") != bool(args.chexbert):
