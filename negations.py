@@ -72,17 +72,16 @@ def annotate(record, *, seed=0, labels=None):
     for condition in rng.sample(conditions, len(conditions)):
         # (ii) r^r: the sentences related to the entity removed
         rest = omit_from(sentences, condition)
-        if rest == sentences or label_report(report).get(condition) == DENIED:
+        if rest == sentences or _said(sentences).get(condition) == DENIED:
             continue  # labels from elsewhere, of which the text says nothing or the contrary
         # r^n: its negation at the beginning, in the middle or at the end
         negated, denial, position = deny(rest, condition, rng)
-        text = " ".join(negated)
         negatives.append({
             "condition": condition,
             "omitted": " ".join(rest) or NOTHING_LEFT,
-            "report": text,
+            "report": " ".join(negated),
             "position": position,
-            "labels": negated_labels(labels, condition, text),
+            "labels": negated_labels(labels, condition, negated),
             "graph": negated_graph(graph, condition, denial) if brought else rule_graph(negated),
         })
     return record | {
@@ -90,11 +89,11 @@ def annotate(record, *, seed=0, labels=None):
         "labels": labels, "graph": graph, "hard_negatives": negatives}
 
 
-def negated_labels(labels, condition, text):
+def negated_labels(labels, condition, sentences):
     """r^n's labels: r's, the condition denied; No Finding if neither they nor its text know any."""
     # ASSUMPTION: r^n's labels are r's, edited for the one condition, whoever made them.
     labels = with_no_finding(labels | {condition: DENIED})
-    if "No Finding" not in label_report(text):
+    if "No Finding" not in with_no_finding(_said(sentences)):
         labels.pop("No Finding", None)
     return labels
 
