@@ -165,7 +165,8 @@ def parse_line(where, line):
             json.dumps(record, ensure_ascii=False).encode()
     except (ValueError, RecursionError):  # whose message may show the report
         record = None
-    expect(isinstance(record, dict), where, "one JSON object in UTF-8")
+    whole = isinstance(record, dict) and b"\\u0000" not in line
+    expect(whole, where, "one JSON object in UTF-8, without null characters")
     return record
 
 
@@ -281,8 +282,6 @@ def check_record(where, record, needed=("id", "image")):
     expect(record.get("split", "train") in SPLITS, where, "split train, val or test")
     known = type(record.get("patient")) in (str, int, type(None))  # no NaN, no bool
     expect(known, where, "patient as a text or a whole number")
-    path = record.get("image", "") + record.get("root", "")
-    expect("\0" not in path, where, "image and root without null characters")
     check_graph(where, record.get("graph", {}))
     for negative in record.get("hard_negatives", []):
         check_record(where, negative, ("condition", "report", "omitted"))
@@ -329,9 +328,9 @@ class Manifest:
 
     def __getitem__(self, i):
         # pread brings its own offset: forked processes share the file's position.
-        length = int(self.columns["length"][i])
-        offset = int(self.columns["offset"][i])
-        return parse_line(self.where(i), os.pread(self.file.fileno(), length, offset))
+        length = self.columns["length"][i]
+        line = os.pread(self.file.fileno(), length, self.columns["offset"][i])
+        return parse_line(self.where(i), line)
 
     def where(self, i):
         """FILE:LINE of row i, for messages."""
@@ -349,10 +348,10 @@ class Manifest:
 def image_path(where, record, manifest, image_root=None):
     """The record's image as a path, links followed; UserError if it would leave the image root."""
     root = os.path.realpath(image_root or record.get("root") or os.path.dirname(manifest))
-    path = os.path.realpath(os.path.join(root, record["image"]))
-    expect(path.startswith(os.path.join(root, "")), where, "its image inside its root; where links "
-           "lead to images, name their own folder by --image-root")
-    return Path(path)
+    path = Path(os.path.realpath(os.path.join(root, record["image"])))
+    expect(path.is_relative_to(root), where, "its image inside its root; where links lead to "
+           "images, name their own folder by --image-root")
+    return path
 
 
 def load_columns(path, file):
@@ -454,10 +453,9 @@ def to_grey(values):
     """More than 8 bits -> an 8-bit image, the darkest value 0 and the brightest 255 (flat: 0)."""
     # ASSUMPTION: images of more than 8 bits are scaled by their own minimum and maximum.
     values = values.astype(np.float32)
-    low = float(values.min())
-    high = float(values.max())
-    scaled = (values - low) * (255 / max(high - low, 1e-6))
-    return Image.fromarray(np.round(scaled).astype(np.uint8))
+    values -= values.min()
+    values *= 255 / max(float(values.max()), 1e-6)
+    return Image.fromarray(np.round(values).astype(np.uint8))
 
 
 def pixels(image, size, rng=None):
@@ -630,20 +628,20 @@ class Download:
     def table(self, names, *columns):
         """Rows of a CSV that has these columns, as ("FILE:LINE", dict), stripped."""
         path = self.file(names)
+        where = f"{path}:1"
         with open_text(path) as file:
-            rows = csv.DictReader(file, strict=True)  # an unclosed quote swallows patients
+            rows = csv.reader(file, strict=True)  # an unclosed quote swallows patients
             try:
-                header = [name.strip() for name in rows.fieldnames or ()]
-                lacking = ", ".join(name for name in columns if name not in header)
-                expect(not lacking, f"{path}:1", f"a CSV header with {lacking}")
-                for row in rows:
+                header = [name.strip() for name in next(rows, [])]
+                expect(set(columns) <= set(header), where,
+                       f"a CSV header with {', '.join(columns)}")
+                for cells in filter(None, rows):  # no blank line
                     where = f"{path}:{rows.line_num}"
-                    whole = None not in row and None not in row.values()  # no cell more or less
-                    expect(whole, where, f"{len(header)} fields")
-                    yield where, {name.strip(): cell.strip() for name, cell in row.items()}
+                    expect(len(cells) == len(header), where, f"{len(header)} fields")
+                    yield where, dict(zip(header, map(str.strip, cells), strict=True))
             except (UnicodeDecodeError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise UserError(f"{path}:{max(1, rows.line_num)}: expected a complete CSV file in "
-                                f"UTF-8 after this line ({type(error).__name__})") from None
+                raise UserError(f"{where}: expected a complete CSV file in UTF-8 after this line "
+                                f"({type(error).__name__})") from None
 
     def image(self, path, folders=0):
         """The image at this path, else of this name anywhere, in any format; else the path itself.
@@ -964,8 +962,8 @@ def build_vindr(official):
         for where, row in official.table(f"image_labels_{part}.csv", "image_id", "No finding"):
             classes = marks.setdefault(row["image_id"], {})
             for column, value in row.items():
-                name = class_name(column)
-                if name.lower() not in ("image id", "rad id", "no finding"):
+                if column not in ("image_id", "rad_ID", "No finding"):
+                    name = class_name(column)
                     classes[name] = max(classes.get(name, 0), int(label(where, value) == 1))
         # ASSUMPTION: VinDr's val is CXR-CLIP's 20 % of the train images, drawn from the sorted ids.
         splits = dict.fromkeys(marks, part)
@@ -1061,8 +1059,9 @@ def build_cxr_align(official):
         for k, (name, entry) in enumerate(dict(entries).items()):
             where = f"{file}: {source}, entry {k}"
             check_texts(where, entry, "chosen", "report", "omitted", "negation")
-            condition = CLASS_NAMES.get(entry["chosen"].lower())
-            expect(condition, where, "chosen out of CheXpert's conditions")
+            condition = class_name(entry["chosen"].strip())
+            expect(condition in CONDITIONS, where, "chosen out of CheXpert's conditions, got "
+                   f"{condition}")
             image = official.image(f"images/{name}.jpg")  # found by its name wherever it lies
             patient = re.search(r"/p(\d{8})/", image)  # in MIMIC-CXR-JPG's folders
             negative = {"condition": condition, "omitted": entry["omitted"],
@@ -1256,9 +1255,9 @@ def build_phantom(official, studies=3000, size=64, seed=0, normal_fraction=0.45,
     studies: normal_fraction of them have one of Tab. 1's templates at that table's frequencies;
     duplicates: more normal training studies with one identical sentence (Tab. 3); size in pixels.
     """
-    right = min(studies - 1, seed, duplicates) >= 0 and 32 <= size <= 2048
-    expect(right and 0 <= normal_fraction <= 1, "phantom", "at least 1 study, 32 to 2048 pixels, "
-           "a normal fraction of 0 to 1, nothing below 0")
+    lowest = min(studies - 1, seed, duplicates, size - 32, normal_fraction, 1 - normal_fraction)
+    expect(lowest >= 0, "phantom", "at least 1 study and 32 pixels, a normal fraction of 0 to 1, "
+           "nothing below 0")
     (official.root / "images").mkdir(parents=True, exist_ok=True)
     share = np.array(list(NORMALS.values())) / sum(NORMALS.values())
     for i in range(studies + duplicates):
@@ -1497,14 +1496,12 @@ def check(path, image_root="", workers=CPUS):
                     counts[f"{field}: {name} = {value}"] += 1
     reasons = run_jobs(why_unreadable, list(images.values()), workers, "images")
     wrong += [f"{where}: {why}" for where, why in zip(images, reasons, strict=True) if why]
-    people = {patient for patient, _ in patients}
-    for what, distinct, total in (
-            ("patients are in two splits", people, patients),
-            ("lines repeat an id", ids, images),
-            ("lines repeat an image", set(images.values()), images)):
-        if len(distinct) < len(total):
-            wrong.append(f"{path}: {len(total) - len(distinct)} {what}")
-    print_counts({"studies": len(images), "patients": len(people),
+    people = len({patient for patient, _ in patients})
+    repeated = {"patients are in two splits": len(patients) - people,
+                "lines repeat an id": len(images) - len(ids),
+                "lines repeat an image": len(images) - len(set(images.values()))}
+    wrong += [f"{path}: {count} {what}" for what, count in repeated.items() if count]
+    print_counts({"studies": len(images), "patients": people,
                   "distinct reports": len(reports), **dict(sorted(counts.items()))})
     for text, count in reports.most_common(5):
         if text and count > 1:
@@ -1543,9 +1540,9 @@ def shrink(job):
     image, folder, size = job
     key = [str(image), size]
     if image.exists():  # so that the copy of a changed image has another name
-        key += [image.stat().st_size, image.stat().st_mtime_ns]
+        key.append(image.stat().st_mtime_ns)
     copy = folder / f"{hashlib.sha256(str(key).encode()).hexdigest()[:24]}.jpg"
-    if copy.exists() and why_unreadable(copy) is None:
+    if copy.exists():
         return copy, None
     try:
         large = read_image(image, at_least=2 * size)
