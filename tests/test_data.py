@@ -22,30 +22,14 @@ from PIL import Image, PngImagePlugin
 from torch.utils.data import DataLoader, Dataset
 
 import data
-from data import (
-    CONDITIONS,
-    GlobalBatches,
-    Manifest,
-    Studies,
-    UserError,
-    label_vector,
-    main,
-    open_atomic,
-    pixels,
-    read_image,
-    split_of,
-)
+from data import CONDITIONS, GlobalBatches, Manifest, Studies, UserError, main, pixels, read_image
 from negations import label_report, positives
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not there")
 CLASSES = ",".join(("No Finding", *CONDITIONS[:-1]))  # CheXpert's tables put No Finding first
 GRAPH = {
-    "text": "no edema",
-    "entities": {
-        "1": {"tokens": "edema", "label": "OBS-DA", "start_ix": 1, "end_ix": 1, "relations": []}
-    },
-}
+    "text": "no edema", "entities": {"1": {"tokens": "edema", "label": "OBS-DA", "relations": []}}}
 
 
 # ---------------------------------------------------------------- layouts in miniature
@@ -367,7 +351,7 @@ def test_cxr14_takes_the_official_lists_or_says_that_it_cannot(tmp_path, capsys)
     (tmp_path / "official/train_val_list.txt").unlink()
     rows = build(tmp_path, "cxr14", lambda root: root)
     assert "not the official split" in capsys.readouterr().out
-    assert all(row["split"] == split_of(row["patient"]) for row in rows.values())
+    assert all(row["split"] == data.split_of(row["patient"]) for row in rows.values())
 
 
 def test_probmed_keeps_its_images_and_pairs_and_names_a_malformed_entry(tmp_path):
@@ -527,29 +511,29 @@ def test_a_pipe_in_the_place_of_a_file_is_refused_and_does_not_hang(tmp_path):
 def test_output_follows_links_and_leaves_pipes_and_devices_alone(tmp_path):
     (tmp_path / "far").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "far/out.txt")
-    with open_atomic(tmp_path / "link") as file:
+    with data.open_atomic(tmp_path / "link") as file:
         file.write("here")
     assert (tmp_path / "far/out.txt").read_text() == "here" and (tmp_path / "link").is_symlink()
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/null"), tmp_path / "far"):
         with pytest.raises(UserError, match="regular file"):
-            with open_atomic(path) as file:
+            with data.open_atomic(path) as file:
                 file.write("x")
     assert (tmp_path / "pipe").is_fifo() and Path("/dev/null").is_char_device()
     with pytest.raises(UserError, match="its folder to be there"):
-        with open_atomic(tmp_path / "none/out.txt") as file:
+        with data.open_atomic(tmp_path / "none/out.txt") as file:
             file.write("x")
 
 
 def test_a_full_disk_is_the_users_and_a_mistake_in_the_block_ours(tmp_path):
     target = write(tmp_path / "out.txt", "whole")
     with pytest.raises(UserError, match="out.txt: was not written .No space"):
-        with open_atomic(target) as file:
+        with data.open_atomic(target) as file:
             file.write("half")
             os.write(os.open("/dev/full", os.O_WRONLY), b"x")
     for mistake, kind in ((lambda: open(tmp_path / "none"), FileNotFoundError), (int, ValueError)):
         with pytest.raises(kind) as error:
-            with open_atomic(target) as file:
+            with data.open_atomic(target) as file:
                 mistake() if mistake is not int else int("x")
         assert not isinstance(error.value, UserError)
     assert target.read_text() == "whole" and os.listdir(tmp_path) == ["out.txt"]
@@ -577,11 +561,8 @@ def test_real_openi_in_both_layouts(tmp_path):
     xml = {row["id"]: row for row in map(json.loads, open(tmp_path / "x.jsonl"))}
     both = [row for row in kaggle if row["id"] in xml]
     assert len(both) > 2900 and all(row["split"] == xml[row["id"]]["split"] for row in both)
-    same = [
-        row["report"] == xml[row["id"]]["report"]
-        and row.get("targets") == xml[row["id"]].get("targets")
-        for row in both
-    ]
+    same = [all(row.get(name) == xml[row["id"]].get(name) for name in ("report", "targets"))
+            for row in both]
     assert np.mean(same) > 0.99
 
 
@@ -757,9 +738,7 @@ def test_the_index_is_written_once_and_rebuilt_when_the_file_changes(tmp_path):
     path = manifest_of(tmp_path, [{"split": s, "patient": s} for s in ("train", "val", "train")])
     path.write_text("\n" + path.read_text() + "\n\n")
     manifest = Manifest(path, "train")
-    assert [row["id"] for row in (manifest[0], manifest[1])] == ["s/0", "s/2"] and len(
-        Manifest(path)
-    ) == 3
+    assert [row["id"] for row in (manifest[0], manifest[1])] == ["s/0", "s/2"]
     assert manifest.where(1) == f"{path}:4" and len(set(manifest.patients)) == 1
     sidecar = Path(f"{path}.index.npz")
     stamp = sidecar.stat().st_mtime_ns
@@ -814,11 +793,9 @@ def test_forked_workers_read_their_own_rows_of_one_open_file(tmp_path):
 
 def test_the_digest_sees_what_training_reads_and_nothing_else(tmp_path):
     negative = {"condition": "Edema", "omitted": "Clear.", "report": "No edema.", "labels": {}}
-    rows = [
-        {"patient": "7", "report": f"Edema {k}.", "labels": {"Edema": 1}, "split": "train"}
-        | {"hard_negatives": [negative], "graph": GRAPH}
-        for k in range(3)
-    ]
+    row = {"patient": "7", "labels": {"Edema": 1}, "split": "train", "graph": GRAPH,
+           "hard_negatives": [negative]}
+    rows = [row | {"report": f"Edema {k}."} for k in range(3)]
 
     def digest(rows, name="m.jsonl", split="train"):
         return Manifest(manifest_of(tmp_path / "d", rows, name), split).digest()
@@ -827,15 +804,9 @@ def test_the_digest_sees_what_training_reads_and_nothing_else(tmp_path):
     assert digest([row | {"root": "/else", "image": "b.png", "note": 1} for row in rows]) == first
     assert digest([dict(reversed(row.items())) for row in rows], "other.jsonl") == first
     assert digest([*rows, {"id": "s/9", "split": "val"}]) == first  # of another split
-    changes = [
-        {"id": "s/7"},
-        {"patient": "8"},
-        {"report": "Edema."},
-        {"labels": {"Edema": -1}},
-        {"hard_negatives": []},
-        {"hard_negatives": [negative | {"report": "No edema!"}]},
-        {"graph": {}},
-    ]
+    changes = [{"id": "s/7"}, {"patient": "8"}, {"report": "Edema."}, {"labels": {"Edema": -1}},
+               {"hard_negatives": []}, {"hard_negatives": [negative | {"report": "No edema!"}]},
+               {"graph": {}}]
     changed = [digest([rows[0], rows[1] | change, rows[2]]) for change in changes]
     changed += [digest(rows[:2]), digest([rows[0], rows[2], rows[1]])]
     assert len({first, *changed}) == len(changed) + 1
@@ -849,9 +820,11 @@ def test_a_patient_that_is_null_or_absent_is_each_studys_own(tmp_path):
     assert patients[0] == data.patient_hash("s/0")
 
 
-def test_an_empty_manifest_is_refused(tmp_path):
+def test_an_empty_or_missing_manifest_is_refused(tmp_path):
     with pytest.raises(UserError, match="empty.jsonl: expected at least one line"):
         Manifest(write(tmp_path / "empty.jsonl", "\n\n"))
+    with pytest.raises(UserError, match="none.jsonl: expected a regular file"):
+        Manifest(tmp_path / "none.jsonl")
 
 
 def test_the_index_falls_back_to_memory_where_it_cannot_be_written(tmp_path):
@@ -924,10 +897,11 @@ def test_positives_mark_the_conditions_and_uncertain_is_a_flag(tmp_path):
     manifest = Manifest(manifest_of(tmp_path, rows))
     marked = [name for name, one in zip(CONDITIONS, manifest.positives[0], strict=True) if one]
     assert marked == ["Edema", "No Finding"] and manifest.negatives[0] == 2
-    assert label_vector(labels).sum() == 3 and label_vector(labels, "negative").sum() == 2
-    assert label_vector(labels)[CONDITIONS.index("Pneumonia")] == 1 and label_vector({}).sum() == 0
+    assert data.label_vector(labels).sum() == 3 and data.label_vector(labels, "negative").sum() == 2
+    assert data.label_vector(labels)[CONDITIONS.index("Pneumonia")] == 1
+    assert data.label_vector({}).sum() == 0
     with pytest.raises(KeyError, match="maybe"):
-        label_vector(labels, "maybe")
+        data.label_vector(labels, "maybe")
 
 
 # ---------------------------------------------------------------- batches
@@ -950,31 +924,18 @@ def same(a, b):
 
 def test_batches_do_not_depend_on_the_number_of_workers(phantom):
     studies = studies_of(phantom)
-    batches = [
-        list(
-            DataLoader(
-                studies,
-                batch_sampler=GlobalBatches(len(studies), 32, 3, epoch),
-                num_workers=workers,
-                collate_fn=studies.collate,
-            )
-        )
-        for epoch, workers in ((1, 0), (1, 2), (2, 0))
-    ]
+    batches = []
+    for epoch, workers in ((1, 0), (1, 2), (2, 0)):
+        sampler = GlobalBatches(len(studies), 32, 3, epoch)
+        batches.append(list(DataLoader(studies, batch_sampler=sampler, num_workers=workers,
+                                       collate_fn=studies.collate)))
     assert len(batches[0]) == len(studies) // 32
     assert all(same(a, b) for a, b in zip(batches[0], batches[1], strict=True))
     assert not same(batches[0][0]["pixels"], batches[2][0]["pixels"])  # the negative control
     batch = batches[0][0]
     assert batch["pixels"].shape == (32, 1, 48, 48) and batch["pixels"].dtype == torch.uint8
-    assert (
-        batch["labels"].shape == batch["hard_labels"].shape == (32, 14) and batch["bad"] == 0
-    )
+    assert batch["labels"].shape == batch["hard_labels"].shape == (32, 14) and batch["bad"] == 0
     assert len(batch["graph"]["sizes"]) == len(batch["hard_graph"]["sizes"]) == 32
-
-
-def test_a_manifest_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(UserError, match="none.jsonl: expected a regular file"):
-        Manifest(tmp_path / "none.jsonl")
 
 
 def test_ranks_share_one_global_batch_and_resume_inside_an_epoch():
@@ -1008,9 +969,8 @@ def test_a_study_without_negatives_draws_a_report_with_one_positive(phantom):
 
 
 def test_negatives_without_any_candidate_are_refused(tmp_path):
-    path = manifest_of(
-        tmp_path, [{"split": "train", "report": "Fine.", "labels": {"No Finding": 1}}] * 4
-    )
+    row = {"split": "train", "report": "Fine.", "labels": {"No Finding": 1}}
+    path = manifest_of(tmp_path, [row] * 4)
     with pytest.raises(ValueError, match="negations.py"):
         studies_of(path)
     batch = (studies := studies_of(path, negatives=False, graphs=False)).collate([studies[(0, 1)]])
@@ -1036,10 +996,9 @@ def test_one_report_of_one_positive_is_no_negative_of_itself(tmp_path):
 
 def test_bad_images_are_replaced_and_reported_by_index(tmp_path):
     bad_images(tmp_path / "r")
-    rows = [
-        {"image": name, "split": "train", "report": name}
-        for name in ("truncated.png", "empty.png", "huge.png", "gif.png", "missing.png")
-    ] + [{"split": "train"}] * 15
+    names = ("truncated.png", "empty.png", "huge.png", "gif.png", "missing.png")
+    rows = [{"image": name, "split": "train", "report": name} for name in names]
+    rows += [{"split": "train"}] * 15
     studies = studies_of(manifest_of(tmp_path / "r", rows), negatives=False, graphs=False)
     batch = studies.collate([studies[(0, i)] for i in range(20)])
     assert batch["pixels"].shape[0] == 20 and batch["bad"] == 5
@@ -1058,26 +1017,17 @@ def test_a_folder_of_bad_images_stops_with_the_line(tmp_path):
 
 
 def test_check_finds_what_is_wrong_and_prints_no_report_of_one(tmp_path, capsys):
-    secret = "Patient Miller has edema."
-    rows = [
-        {"split": "train", "patient": "7", "report": secret},
-        {"split": "test", "patient": "7"},
-        {"image": "gone.png"},
-        {"labels": {"Edema": 2}},
-        {"labels": {"Oedema": 1}},
-        {"targets": {"X": -1}},
-        {"graph": {"entities": {"1": {"tokens": "a", "label": "??"}}}},
-        {"image": "../x.png"},
-        {"hard_negatives": [{"report": "r", "condition": "Flu"}]},
-        {"report": 3},
-        {"id": "s/0"},
-    ]
-    path = manifest_of(tmp_path, rows)
+    secret = {"split": "train", "patient": "7", "report": "Patient Miller has edema."}
+    wrong = [{"image": "gone.png"}, {"labels": {"Edema": 2}}, {"labels": {"Oedema": 1}},
+             {"targets": {"X": -1}}, {"graph": {"entities": {"1": {"tokens": "a", "label": "??"}}}},
+             {"image": "../x.png"}, {"hard_negatives": [{"report": "r", "condition": "Flu"}]},
+             {"report": 3}]
+    rows = [secret, {"split": "test", "patient": "7"}, *wrong, {"id": "s/0"}]
     with pytest.raises(SystemExit) as end:
-        main(["check", str(path)])
+        main(["check", str(manifest_of(tmp_path, rows))])
     said = capsys.readouterr()
     assert end.value.code == 1 and "Miller" not in said.out + said.err
-    for line in (3, 4, 5, 6, 7, 8, 9, 10):
+    for line in range(3, 3 + len(wrong)):
         assert f"m.jsonl:{line}: " in said.err, line
     assert "1 patients are in two splits" in said.err and "1 lines repeat an id" in said.err
     assert "lines repeat an image" in said.err  # one that was taken for another of its name
@@ -1137,14 +1087,13 @@ def test_a_killed_reading_process_ends_the_work_and_does_not_hang():
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    path = data.make_phantom(
-        tmp_path_factory.mktemp("drawn"), studies=700, size=64, seed=2, duplicates=9
-    )
-    return path, [json.loads(line) for line in open(path)]
+    folder = tmp_path_factory.mktemp("drawn")
+    path = data.make_phantom(folder, studies=700, size=64, seed=2, duplicates=9)
+    return [json.loads(line) for line in open(path)]
 
 
 def test_the_phantom_draws_at_least_ten_conditions_and_normals_as_in_table_1(drawn):
-    _, rows = drawn
+    rows = drawn
     counts = Counter(name for row in rows for name, value in row["targets"].items() if value)
     assert sum(counts[name] >= 10 for name in CONDITIONS[:-1]) >= 10
     plain = [row["report"] for row in rows[:700] if row["report"] in data.NORMALS]
@@ -1158,11 +1107,9 @@ def test_the_phantom_draws_at_least_ten_conditions_and_normals_as_in_table_1(dra
 
 
 def test_the_labeler_agrees_with_the_phantoms_truth(drawn):
-    _, rows = drawn
-    truth = np.array([[row["targets"][name] for name in CONDITIONS] for row in rows])
-    found = np.array(
-        [[label_report(row["report"]).get(name) == 1 for name in CONDITIONS] for row in rows]
-    )
+    truth = np.array([[row["targets"][name] for name in CONDITIONS] for row in drawn])
+    labels = [label_report(row["report"]) for row in drawn]
+    found = np.array([[own.get(name) == 1 for name in CONDITIONS] for own in labels])
     agreement = dict(zip(CONDITIONS, (truth == found).mean(0), strict=True))
     assert min(agreement.values()) >= 0.97, agreement
 
@@ -1174,12 +1121,10 @@ def test_every_condition_changes_the_picture_and_the_seed_decides(tmp_path):
         drawn = data._draw_chest({name: finding}, 64, np.random.default_rng(5))
         image = np.asarray(drawn).astype(int)
         assert (np.abs(image - plain) > 25).sum() > 8, name
-    one, two, other = (
-        data.make_phantom(tmp_path / str(k), studies=12, seed=seed)
-        for k, seed in enumerate((1, 1, 4))
-    )
-    texts = [path.read_text().replace(str(path.parent), "") for path in (one, two, other)]
-    pictures = [(path.parent / "images/000003.png").read_bytes() for path in (one, two, other)]
+    paths = [data.make_phantom(tmp_path / str(k), studies=12, seed=seed)
+             for k, seed in enumerate((1, 1, 4))]
+    texts = [path.read_text().replace(str(path.parent), "") for path in paths]
+    pictures = [(path.parent / "images/000003.png").read_bytes() for path in paths]
     assert texts[0] == texts[1] != texts[2] and pictures[0] == pictures[1] != pictures[2]
 
 
@@ -1201,9 +1146,6 @@ def test_the_phantom_is_reused_until_its_settings_change(tmp_path, monkeypatch):
 
 
 def test_patients_of_the_phantom_stay_in_one_split(drawn):
-    _, rows = drawn
-    splits = {}
-    for row in rows:
-        splits.setdefault(row["patient"], set()).add(row["split"])
-    assert all(len(own) == 1 for own in splits.values()) and len(splits) < len(rows)
-    assert Counter(row["split"] for row in rows)["train"] > 0.7 * len(rows)
+    pairs = {(row["patient"], row["split"]) for row in drawn}
+    assert len({patient for patient, _ in pairs}) == len(pairs) < len(drawn)
+    assert Counter(row["split"] for row in drawn)["train"] > 0.7 * len(drawn)
