@@ -34,6 +34,8 @@ Symbols, in shapes:
 SPDX-License-Identifier: MIT
 """
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -68,11 +70,9 @@ class DynamicSoftContrastiveLoss(nn.Module):
             raise ValueError(f"weights: expected finite numbers of at least 0, got {self.weights}")
         if not all(0 <= tau < 1 for tau in self.thresholds.values()):
             raise ValueError(f"thresholds: expected numbers in [0, 1), got {self.thresholds}")
-        if row_chunk is not None and row_chunk < 1:
-            raise ValueError(f"row_chunk: expected None or a number of rows, got {row_chunk}")
 
     def forward(self, image, text, labels, logit_scale, *, hard_text=None, hard_labels=None,
-                graph=None, hard_graph=None) -> dict[str, torch.Tensor]:
+                graph=None, hard_graph=None):
         """Evaluate the loss of a batch.
 
         image, text, graph, hard_text, hard_graph: (B, D), unit rows: v, T1, G1, T2, G2.
@@ -82,9 +82,9 @@ class DynamicSoftContrastiveLoss(nn.Module):
         Returns "loss" (Eq. 10, a scalar) and detached scalars: the share of each ordered pair
         ("image_text", ...), which add up to the loss, and "positives_text", "_clinical", "_graph",
         the effective number of positives exp(entropy) of a row of soft labels, averaged.
-        Raises ValueError naming the argument and its shape. Row lengths, signs, other ranks' shapes
-        and settings are checked on the CPU always, on CUDA in the first call only, so that no later
-        call waits for the device. A row of NaN, infinity or zeros (which F.normalize makes of one
+        Raises ValueError naming the argument and its shape. Row lengths, signs and other ranks'
+        shapes are checked on the CPU always, on CUDA in the first call only, so that no later call
+        waits for the device. A row of NaN, infinity or zeros (which F.normalize makes of one
         that overflows) is no error: the loss is not finite, and the step can be skipped.
         """
         inputs = {"image": image, "text": text, "labels": labels, "hard_text": hard_text,
@@ -108,10 +108,13 @@ class DynamicSoftContrastiveLoss(nn.Module):
                 z_ba = z_ab[:, :len(X[a])].T                                  # (n, m)
             else:
                 z_ba = scale * x[b][:len(x[a])] @ X[a].T                      # (n, m)
-            y_ba = {"image": square, "text": y_hat}[a]
+            y_ba = square
+            if a == "text":
+                y_ba = y_hat
             log_p_ab, log_p_ba = z_ab.log_softmax(1), z_ba.log_softmax(1)     # Eq. 1, Eq. 2
-            terms[f"{a}_{b}"] = sum(w[k] * kl(y_hat[k], log_p_ab) for k in y_hat)  # Eq. 6, Eq. 7
-            terms[f"{b}_{a}"] = sum(w[k] * kl(y_ba[k], log_p_ba) for k in y_hat)
+            zero = 0 * scale  # of a batch whose streams have no weight
+            terms[f"{a}_{b}"] = sum((w[k] * kl(y_hat[k], log_p_ab) for k in y_hat), zero)  # Eq. 6
+            terms[f"{b}_{a}"] = sum((w[k] * kl(y_ba[k], log_p_ba) for k in y_hat), zero)   # Eq. 7
         return {"loss": sum(terms.values()), **terms, **positives}            # Eq. 10
 
     @torch.no_grad()
@@ -136,15 +139,13 @@ class DynamicSoftContrastiveLoss(nn.Module):
                 # ASSUMPTION: T1->I and G1->I take the top-left N x N of y, re-normalised.
                 block = F.normalize(y[:B, :N], p=1)                           # (B, N)
                 y_hat[k], square[k] = (y, H), (block, entropy(block))
-        if not y_hat:  # no weights: terms of 0, with gradients
-            y_hat[k], square[k] = (y, H), (y[:B, :N], H)
         return y_hat, square, positives
 
-    def _soft_labels(self, similarity, stream, diagonal, scale):
-        return soft_labels(similarity, self.thresholds[stream], diagonal)
+    def _soft_labels(self, S, stream, diagonal, scale):
+        return soft_labels(S, self.thresholds[stream], diagonal)
 
 
-def soft_labels(similarity: torch.Tensor, threshold: float, diagonal=None) -> torch.Tensor:
+def soft_labels(similarity, threshold, diagonal=None):
     """y_hat of Eq. 4, Eq. 5, Eq. 9: similarities above the threshold, stretched; rows sum to 1.
 
     similarity: S, (n, m), entries in [-1, 1]; (n, n) without `diagonal`.
@@ -161,7 +162,7 @@ def soft_labels(similarity: torch.Tensor, threshold: float, diagonal=None) -> to
     return F.normalize(above_threshold(S, threshold, diagonal), p=1)          # (n, m)
 
 
-def above_threshold(similarity: torch.Tensor, threshold: float, diagonal) -> torch.Tensor:
+def above_threshold(similarity, threshold, diagonal):
     """y of Eq. 4, Eq. 5, Eq. 9 before its rows are normalised; arguments as in `soft_labels`."""
     y = (similarity - threshold).div_(1 - threshold).clamp_(0, 1)             # (n, m)
     # ASSUMPTION: the diagonal is 1 before row normalisation, for rows without labels.
@@ -193,8 +194,8 @@ class SoftCLIPLoss(DynamicSoftContrastiveLoss):
     def __init__(self, row_chunk=None):
         super().__init__(w_clinical=0.0, w_graph=0.0, row_chunk=row_chunk)
 
-    def _soft_labels(self, similarity, stream, diagonal, scale):
-        return (scale * similarity).softmax(1)                                # (R, M)
+    def _soft_labels(self, S, stream, diagonal, scale):
+        return (scale * S).softmax(1)                                # (R, M)
 
 
 class SigmoidSoftContrastiveLoss(DynamicSoftContrastiveLoss):
@@ -222,7 +223,7 @@ class SigmoidSoftContrastiveLoss(DynamicSoftContrastiveLoss):
         return _evaluate(self, inputs, logit_scale, logit_bias)
 
     @torch.no_grad()
-    def initial_bias(self, text, labels, **others) -> float:
+    def initial_bias(self, text, labels, **others):
         """Where to start logit_bias: at the logit of image_text's mean target, in [-10, -1].
 
         Takes the first batch as `forward` does, without images. The same on all ranks.
@@ -276,13 +277,12 @@ def _evaluate(criterion, inputs, *scalars):
                for x in scalars]
     size, values = criterion.row_chunk or B, 0
     with torch.autocast(image.device.type, enabled=False):
+        equations = criterion._equations
+        if size < B:
+            equations = partial(checkpoint, equations, use_reentrant=False)
         for start in range(0, B, size):  # a chunk is a smaller rank
             chunk = {name: x[start:start + size] for name, x in rows.items()}
-            if size < B:
-                terms = checkpoint(criterion._equations, chunk, columns, *scalars,
-                                   use_reentrant=False)
-            else:
-                terms = criterion._equations(chunk, columns, *scalars)
+            terms = equations(chunk, columns, *scalars)
             values = values + len(chunk["image"]) / B * torch.stack(list(terms.values()))
     out = dict(zip(terms, _mean_of_ranks(values.detach()), strict=True))
     # The value of the whole batch, with the gradient of this rank's rows.
@@ -301,20 +301,23 @@ def _prepare(criterion, inputs):
         if "labels" not in name:  # a row of zeros was an overflow: NaN, so that it shows
             rows[name] = torch.where(x.any(1, keepdim=True), rows[name], float("nan"))
     if not image.is_cuda or not criterion._values_checked:
-        _check_values(criterion, rows)
+        _check_values(rows)
         criterion._values_checked = True
-    columns = _gather(rows)                                               # (N, .)
-    first = dist.get_rank() * len(image) if _world() > 1 else 0
-    rows["diagonal"] = torch.arange(len(image), device=image.device) + first  # (B,)
+    columns, first = rows, 0
+    if _world() > 1:
+        columns = {name: AllGather.apply(x) for name, x in rows.items()}      # (N, .)
+        first = dist.get_rank() * len(image)
+    diagonal = torch.arange(len(image), device=image.device) + first          # (B,)
+    rows = rows | {"diagonal": diagonal}
     if "hard_graph" in rows:
-        rows["hard_diagonal"] = rows["diagonal"] + len(columns["image"])
+        rows["hard_diagonal"] = diagonal + len(columns["image"])
     else:  # T<->G alone has rows for the hard negatives, elsewhere they are columns
         rows = {name: x for name, x in rows.items() if "hard" not in name}
     return rows, columns
 
 
-def _check_values(criterion, rows):
-    """Raises ValueError for lengths, signs, and shapes and settings unlike another rank's."""
+def _check_values(rows):
+    """Raises ValueError for lengths, signs, and shapes unlike another rank's."""
     for name, x in rows.items():
         if "labels" in name:
             wrong = ~((x >= 0) & (x < float("inf")))
@@ -326,13 +329,12 @@ def _check_values(criterion, rows):
         if bool(wrong.any()):
             raise ValueError(f"{name}: expected {wanted}, got other rows in {tuple(x.shape)}")
     if _world() > 1:
-        settings = rows["image"].new_tensor([[
-            len(rows), *rows["image"].shape, rows["labels"].shape[1], criterion.soft,
-            *criterion.weights.values(), *criterion.thresholds.values()]])    # (1, settings)
-        of_ranks = AllGather.apply(settings)                                  # (world, settings)
-        if bool((of_ranks != settings).any()):
-            raise ValueError("expected the same number of arguments, B, D, K, soft, weights, "
-                             f"thresholds on every rank, got {of_ranks.tolist()}")
+        image, labels = rows["image"], rows["labels"]
+        shapes = image.new_tensor([[len(rows), *image.shape, labels.shape[1]]])  # (1, 4)
+        of_ranks = AllGather.apply(shapes)                                    # (world, 4)
+        if bool((of_ranks != shapes).any()):
+            raise ValueError("expected the same number of arguments, B, D, K on every rank, got "
+                             f"{of_ranks.tolist()}")
 
 
 def _similarities(x, X):
@@ -367,7 +369,7 @@ def _check_shapes(inputs):
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
 
 
-def _world() -> int:
+def _world():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -377,15 +379,6 @@ def _mean_of_ranks(x):
     x = x / _world()
     dist.all_reduce(x)
     return x
-
-
-def _gather(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """All ranks' rows of every tensor in one exchange: {name: (B, d)} -> {name: (N, d)}."""
-    if _world() == 1:
-        return dict(rows)
-    packed = AllGather.apply(torch.cat(list(rows.values()), dim=1))           # (N, sum of widths)
-    columns = packed.split([x.shape[1] for x in rows.values()], dim=1)
-    return dict(zip(rows, columns, strict=True))
 
 
 class AllGather(torch.autograd.Function):
