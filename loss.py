@@ -105,7 +105,7 @@ class DynamicSoftContrastiveLoss(nn.Module):
             # ASSUMPTION: one temperature serves all pairs.
             z_ab = scale * x[a] @ X[b].T                                      # (n, M)
             if len(x[a]) == len(X[a]):  # one rank, no row_chunk: the same products, turned
-                z_ba = z_ab[:, :len(X[a])].T                                  # (n, m)
+                z_ba = z_ab[:, :len(X[a])].T.contiguous()                     # (n, m)
             else:
                 z_ba = scale * x[b][:len(x[a])] @ X[a].T                      # (n, m)
             y_ba = square
