@@ -508,7 +508,6 @@ NODE = XL["entities"]["2"]
     (XL | {"entities": {"1": NODE, "SECRET": NODE | {"label": ["SECRET"]}}}, "entity 2: exp"),
     (XL | {"entities": {"1": NODE, "SECRET": {"tokens": "a", "label": "OBS-U"}}}, "start_ix and"),
     (XL | {"entities": {"SECRET": "SECRET"}}, "entity 1: exp"),
-    (XL | {"entities": {f"SECRET{i}": NODE for i in range(8000)}}, "at most 2000 entities"),
 ])
 def test_a_graph_that_is_no_record_is_an_error_of_its_line(tmp_path, graph, expected):
     records = [{"id": "0", "report": "Effusion.", "graph": XL},
