@@ -1,7 +1,7 @@
 """Evaluation: every table of the paper, for one model of ours or anyone's (Sec. 5.3-5.7, Tab. 2-6).
 
-    python evaluate.py RUN --task all --data studies.jsonl    measure; print rows and write JSON
-    python evaluate.py --compare A.json B.json ...            one table of many result files
+    python evaluate.py RUN --task all --data studies.jsonl    measure; print tables and write JSON
+    python evaluate.py --compare A.json B.json ...            tables of many result files
 
 RUN is what load_model takes (a run folder, a checkpoint, a Hugging Face CLIP folder) or a Python
 file that defines load(). What is scored is a study's `targets`, else its `labels`; -1 is left out.
@@ -30,7 +30,8 @@ import sys
 import textwrap
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -69,76 +70,69 @@ class Unmeasurable(UserError):
 
 # ---------------------------------------------------------------- the six tasks: Bench -> result
 # A Bench is a model and the rows it is asked about: their images and reports, embedded once, their
-# classes and truth. Each task ends with bench.measure(table, statistics, cells={column of the
-# paper's table: our metric}, ...), which takes means and intervals.
+# classes and truth. Each task ends with bench.result(table, metrics, rows, cells={column of the
+# paper's table: our metric}, ...), of metrics that the Bench has resampled.
 
 
 def zero_shot(bench):
     """Tab. 2 ZS (Sec. 5.3): score of a class = cos(image, positive) - cos(image, negative prompts).
 
-    Metrics: AUROC, average precision (AP) and accuracy at score > 0 of each class and their means,
-    the same with one pair of prompts a class; CheXpert 5x200's five classes also as one choice.
+    Metrics: AUROC and accuracy at score > 0 of each class and their means; CheXpert 5x200's five
+    classes also as one choice.
     """
     classes = bench.classes
-    truth = bench.truth                                                        # (n, K)
-    both = with_both_labels(classes, truth)
+    both = with_both_labels(classes, bench.truth)
     if not both:
         raise Unmeasurable(f"{bench.where}: no class has both positive and negative images; give "
                            '"targets" of 0 and 1, or label the reports with `python negations.py`')
     if len(both) < len(classes):
-        bench.notes.append("one class only, so AUROC and AP are NaN and macro averages leave it "
-                           f"out: {', '.join(sorted({*classes} - {*both}))}")
-    rows = with_truth(truth)
-    truth = truth[rows]                                                        # (n, K)
+        bench.notes.append("one label only, so AUROC cannot be told and means leave it out: "
+                           + ", ".join(sorted({*classes} - {*both})))
+    rows = with_truth(bench.truth)
     positive, negative = class_scores(bench, classes)                          # (all, K) each
-    single_positive, single_negative = class_scores(bench, classes, single=True)
-    statistics = [
-        classification((positive - negative)[rows], truth, classes),
-        classification((single_positive - single_negative)[rows], truth, classes,
-                       "one prompt pair ")]
+    metrics = bench.classify(rows, classes, (positive - negative)[rows])
     # ASSUMPTION: Tab. 2's accuracy is the mean over classes, and five-way for CheXpert 5x200.
     cells = {"ZS AUC": "macro AUROC"}
     if bench.set in ACCURACY_SETS:
         cells = {"ZS ACC": "macro accuracy"}
-    if bench.set == "chexpert5x200" and not bench.args.conditions:
+    if bench.set == "chexpert5x200":
         cells = {"ZS ACC": "5-way accuracy"}
-        correct = truth[np.arange(len(truth)), positive[rows].argmax(1)]       # (n,)
-        statistics.append(averages({"5-way accuracy": correct}))
-    return bench.measure(
+        correct = bench.truth[rows, positive[rows].argmax(1)]                  # (n,)
+        metrics |= bench.means(rows, {"5-way accuracy": correct})
+    return bench.result(
         "Tab. 2",
-        statistics,
+        metrics,
         rows,
         cells=cells,
         chance={"5-way accuracy": 0.2},
-        prompts={name: bench.prompts(name) for name in classes})
+        classes=classes,
+        prompts={name: bench.prompts_of(name) for name in classes})
 
 
 def fine_tune(bench):
     """Tab. 2 FT10, FT100 (Sec. 5.3): train rows train, val rows choose, test rows are scored."""
     train, val, test = (bench.of_split(split) for split in SPLITS)
-    chosen = {share: rows_of_share(train.manifest.patients, share, bench.args.seed)
-              for share in sorted(bench.args.fraction)}
+    chosen = {share: rows_of_share(train.manifest.patients, share, bench.seed)
+              for share in sorted(bench.fraction)}
     fewest = min(chosen.values(), key=len)
     names = with_both_labels(train.classes, train.truth[fewest])
     if not names:
         raise Unmeasurable(f"{train.where}: fine-tune finds no class with positives and negatives "
                            f'among {len(fewest)} rows; raise --fraction, or give them "targets"')
-    truth = test.columns(names)                                                # (all, K)
-    known = with_truth(truth)
-    statistics = []
+    known = with_truth(test.columns(names))
+    metrics = {}
     cells = {}
     for share, rows in chosen.items():
         label = f"FT{100 * share:g}"
         scores = probe_scores(train, val, test, rows, names)[known]            # (n, K)
-        statistics.append(classification(scores, truth[known], names, f"{label} "))
+        for name, metric in test.classify(known, names, scores).items():
+            metrics[f"{label} {name}"] = metric
         cells[f"{label} AUC"] = f"{label} macro AUROC"
-    return test.measure(
+    return test.result(
         "Tab. 2",
-        statistics,
+        metrics,
         known,
         cells=cells,
-        chance={},
-        split="test",
         classes=names,
         train={str(share): len(rows) for share, rows in chosen.items()})
 
@@ -151,16 +145,16 @@ def normal_case(bench):
     normal = [bench.reports[i] for i in rows]
     pool = {bench.reports[i] for i in np.flatnonzero(truth == 0)}
     pool = sorted(pool - {*normal, ""})
-    if not normal or len(pool) < max(1, bench.args.pool):
+    if not normal or len(pool) < max(1, bench.pool):
         raise Unmeasurable(f'{bench.where}: normal-case needs a normal study ("No Finding": 1) and '
                            f"--pool abnormal reports, and has {len(normal)} and {len(pool)}: run "
                            "negations.py on it, lower --pool or take --split all")
-    np.random.default_rng(bench.args.seed).shuffle(pool)
-    pool = pool[:bench.args.pool or None]
+    np.random.default_rng(bench.seed).shuffle(pool)
+    pool = pool[:bench.pool or None]
     nearer, _ = retrieve(bench.images[rows], bench.texts(normal), bench.texts(pool))
-    return bench.measure(
+    return bench.result(
         "Tab. 3",
-        [averages({"accuracy": nearer == 0})],
+        bench.means(rows, {"accuracy": nearer == 0}),
         rows,
         cells={"NCD ACC": "accuracy"},
         chance={"accuracy": 1 / (len(pool) + 1)},
@@ -174,8 +168,6 @@ def adversarial(bench):
     their mean, and needs no label for it; its chance is that of its scores dealt at random.
     """
     pairs = bench.pairs or draw_pairs(bench)  # (row, present class, absent class)
-    if bench.args.conditions:
-        pairs = [pair for pair in pairs if {*pair[1:]} <= {*bench.classes}]
     if not pairs:
         raise Unmeasurable(f"{bench.where}: no image has both a present and an absent class; give "
                            '"targets" of 0 and 1 for two or more classes')
@@ -188,22 +180,22 @@ def adversarial(bench):
     correct = np.take_along_axis(scores, pair, 1) * sign > TIE                 # (n, 2)
     columns = {"both": correct.all(1), "present": correct[:, 0], "absent": correct[:, 1]}
     chance = {"both": 0.25, "present": 0.5, "absent": 0.5}
-    # ASSUMPTION: Tab. 4's row takes scores as they are; nobody can know if 34.4 was centred.
     scores, dealt = centre(scores, ~np.isnan(bench.columns(names)[rows]))      # (n, K), (n,)
     centred = np.take_along_axis(scores, pair, 1) * sign                       # (n, 2)
     reported = ~np.isnan(centred).any(1)                                       # (n,)
-    if reported.any():
-        columns["centred"] = np.where(reported, (centred > TIE).all(1), np.nan)
-        chance["centred"] = float(dealt[reported].mean())
-    return bench.measure(
+    columns["centred"] = np.where(reported, (centred > TIE).all(1), np.nan)
+    chance["centred"] = float(averages(np.where(reported, dealt, np.nan)))
+    return bench.result(
         "Tab. 4",
-        [averages(columns)],
+        bench.means(rows, columns),
         rows,
-        cells={"ACC": "both"},
+        # ASSUMPTION: Tab. 4's ACC takes scores as they are; nobody can know if 34.4 was centred.
+        cells={"ACC": "both", "centred": "centred"},
         chance=chance,
         n_centred=int(reported.sum()),
         pairs="of ProbMed" if bench.pairs else "drawn by the seed",
-        prompts={name: bench.prompts(name) for name in names})
+        classes=names,
+        prompts={name: bench.prompts_of(name) for name in names})
 
 
 def retrieval(bench):
@@ -217,19 +209,18 @@ def retrieval(bench):
     target = [candidates[report] for report in reports]                        # (n,)
     texts = bench.texts(candidates)                                            # (m, D)
     ranks, best = retrieve(bench.images[rows], texts[target], texts)
-    columns = {f"@{k}": ranks <= k for k in (1, 5, 10)}
-    columns["mean rank"] = ranks
+    metrics = bench.means(rows, {f"@{k}": ranks <= k for k in (1, 5, 10)})
     study = rows[np.unique(target, return_index=True)[1]]  # the first with each report
     retrieved = bench.labels[study[best]] == 1                                 # (n, 14)
     own = bench.labels[rows] == 1                                              # (n, 14)
     known = ~np.isnan(bench.labels).any(1)
     known = (known[rows] & known[study[best]])[:, None]                        # (n, 1)
-    f1 = label_f1(retrieved & known, own & known)
+    metrics |= bench.bootstrap(rows, precision_recall_f1, own & known, retrieved & known)
     # ASSUMPTION: Tab. 5 does not name its average over labels; the row is micro.
     cells = {"@5": "@5", "F1": "micro F1", "Recall": "micro recall", "Precision": "micro precision"}
-    return bench.measure(
+    return bench.result(
         "Tab. 5",
-        [averages(columns), median_rank(ranks), f1],
+        metrics,
         rows,
         cells=cells,
         chance={f"@{k}": min(1, k / len(candidates)) for k in (1, 5, 10)},
@@ -243,18 +234,12 @@ def cxr_align(bench):
     the seed, must prefer r^n.
     Whoever only avoids negations, as Sec. 5.6 suspects, is right in A and wrong here.
     """
-    wanted = bench.args.conditions or CONDITIONS
-    rows = []
-    negatives = []
-    for row in np.flatnonzero(bench.manifest.negatives):
-        negative = bench.manifest[row]["hard_negatives"][0]  # CXR-Align's choice
-        if negative["condition"] in wanted:
-            rows.append(row)
-            negatives.append(negative)
-    if not rows:
-        raise Unmeasurable(f'{bench.where}: no "hard_negatives" of the conditions asked for; make '
-                           "them with `python negations.py IN.jsonl --out OUT.jsonl`")
-    condition = np.array([negative["condition"] for negative in negatives])
+    rows = np.flatnonzero(bench.manifest.negatives)
+    if not len(rows):
+        raise Unmeasurable(f'{bench.where}: no "hard_negatives"; make them with '
+                           "`python negations.py IN.jsonl --out OUT.jsonl`")
+    negatives = [bench.manifest[row]["hard_negatives"][0] for row in rows]  # CXR-Align's choice
+    condition = [negative["condition"] for negative in negatives]
     omitted = [negative["omitted"] for negative in negatives]
     r = bench.texts([bench.reports[i] for i in rows])                          # (n, D)
     r_n = bench.texts([negative["report"] for negative in negatives])          # (n, D)
@@ -269,17 +254,12 @@ def cxr_align(bench):
     known = {f"n_{name}": int((~np.isnan(columns[name])).sum()) for name in ("swapped A", "B")}
     ties = {f"ties {name}": float(np.mean(values == 0.5)) for name, values in columns.items()}
     known |= {name: share for name, share in ties.items() if share > 0}
-    counts = {name: int((condition == name).sum()) for name in CONDITIONS if name in condition}
-    for name in counts:
-        for task in ("A", "B"):
-            columns[f"{task} {name}"] = np.where(condition == name, columns[task], np.nan)
-    return bench.measure(
+    return bench.result(
         "Tab. 6",
-        [averages(columns)],
+        bench.means(rows, columns),
         rows,
-        cells={"A": "A", "swapped A": "swapped A", "B": "B"},
+        cells={name: name for name in columns},
         chance=dict.fromkeys(columns, 0.5),
-        conditions=counts,
         **known)
 
 
@@ -295,11 +275,13 @@ TASKS = {
 def validate(model, manifest, batch_size=64, workers=0):
     """For training: macro zero-shot "auroc" and "retrieval@5", None where they cannot be told."""
     bench = Bench(model, manifest, batch_size=batch_size, workers=workers, resamples=0)
-    result = {"auroc": None, "retrieval@5": None}
-    with contextlib.suppress(Unmeasurable):
-        result["auroc"] = round(zero_shot(bench)["metrics"]["macro AUROC"]["value"], 4)
-    with contextlib.suppress(Unmeasurable):
-        result["retrieval@5"] = round(retrieval(bench)["metrics"]["@5"]["value"], 4)
+    result = {}
+    for name, task, metric in (
+            ("auroc", zero_shot, "macro AUROC"),
+            ("retrieval@5", retrieval, "@5")):
+        result[name] = None
+        with contextlib.suppress(Unmeasurable):
+            result[name] = round(task(bench)["metrics"][metric]["value"], 4)
     return result
 
 
@@ -409,21 +391,19 @@ PROMPT_NOUNS = {  # a class that is not here is called by its name
     "Enlarged PA": "enlarged pulmonary artery"}
 
 
-def prompts(name, single=False):
-    """Our positive and negative prompts of a class, two lists; single: one of each alone."""
+def prompts(name):
+    """Our positive and negative prompts of a class, two lists."""
     if name == "No Finding":  # the mirror image: the findings' negatives against their positives
         present = []
         absent = []
         for finding in CONDITIONS[:-1]:
-            positive, negative = prompts(finding, single)
+            positive, negative = prompts(finding)
             present += positive
             absent += negative
         return absent, present
     noun = PROMPT_NOUNS.get(name, name.lower().replace("_", " "))
     positive = [template.format(noun).capitalize() for template in POSITIVE]
     negative = [template.format(noun) for template in NEGATIVE]
-    if single:
-        return positive[:1], negative[:1]
     return positive, negative + NORMAL
 
 
@@ -439,17 +419,17 @@ def read_prompts(path):
     return sides
 
 
-def class_scores(bench, classes, single=False):
+def class_scores(bench, classes):
     """cos(image, positive prompts), cos(image, negative prompts) -> two (n, K) arrays.
 
-    A sigmoid model's bias is left out: it would move both alike. single: one prompt a side.
+    A sigmoid model's bias is left out: it would move both alike.
     """
     scores = []
     for side in (0, 1):
         ensembles = []
         for name in classes:
             # ASSUMPTION: an ensemble is the mean of its normalised embeddings, normalised again.
-            texts = bench.prompts(name, single)[side]
+            texts = bench.prompts_of(name)[side]
             mean = bench.texts(texts).mean(0)                                  # (D,)
             ensembles.append(F.normalize(mean, dim=0))
         cosines = bench.images @ torch.stack(ensembles).T                      # (n, K)
@@ -458,135 +438,82 @@ def class_scores(bench, classes, single=False):
 
 
 # ---------------------------------------------------------------- metrics
-# A statistic is a function of weights (n,), how often each item is drawn, that returns
-# {metric: value}, NaN where nothing can be said. What can be sorted is sorted when it is made.
+# Functions of truth and scores or predictions, in scikit-learn's order; NaN where nothing can be
+# said. For its intervals a metric is called anew on the rows of each resample.
 
 
 def ratio(part, whole):
-    """part / whole of arrays, NaN where both are 0."""
+    """part / whole, NaN where both are 0."""
     with np.errstate(invalid="ignore"):
         return np.true_divide(part, whole)
 
 
-def ranking(scores, truth):
-    """Statistic: AUROC and average precision of one class, as a pair; NaN if one label is drawn.
+def auroc(truth, scores):
+    """How often a positive scores above a negative, a tie counting half; NaN for one label only.
 
-    scores: (n,); truth: (n,), 1 or 0, NaN is left out. Equal scores share one threshold, so a tie
-    counts half in AUROC.
+    truth: (n,), 1 or 0, NaN is left out; scores: (n,).
     """
-    order = np.argsort(-scores)  # the highest score first
-    positive = order[truth[order] == 1]                                        # (p,)
-    negative = order[truth[order] == 0]                                        # (q,)
-    place, other = -scores[positive], -scores[negative]
-    # Of each positive: negatives above it, negatives not below it, positives not below it.
-    above = np.searchsorted(other, place, "left")                              # (p,)
-    level = np.searchsorted(other, place, "right")                             # (p,)
-    reached = np.searchsorted(place, place, "right")                           # (p,)
-
-    def statistic(weights):
-        drawn = weights[positive]                                              # (p,)
-        true = np.append(0, np.cumsum(drawn))                                  # (p + 1,)
-        false = np.append(0, np.cumsum(weights[negative]))                     # (q + 1,)
-        if true[-1] == 0 or false[-1] == 0:
-            return np.nan, np.nan
-        beaten = false[-1] - (false[above] + false[level]) / 2                 # (p,)
-        precision = true[reached] / np.maximum(true[reached] + false[level], 1)  # (p,)
-        return drawn @ beaten / (true[-1] * false[-1]), drawn @ precision / true[-1]
-
-    return statistic
+    positive = np.sort(scores[truth == 1])                                     # (p,)
+    negative = np.sort(scores[truth == 0])                                     # (q,)
+    below = np.searchsorted(negative, positive, "left")                        # (p,)
+    not_above = np.searchsorted(negative, positive, "right")                   # (p,)
+    return ratio((below + not_above).sum(), 2 * len(positive) * len(negative))
 
 
-def averages(columns):
-    """Statistic: the mean of each of {name: (n,)}, NaN entries left out."""
-    values = np.array(list(columns.values()), np.float64)                      # (k, n)
-    known = (~np.isnan(values)).astype(np.float64)                             # (k, n)
-    values = np.nan_to_num(values)                                             # (k, n)
-
-    def statistic(weights):
-        means = ratio(values @ weights, known @ weights)                       # (k,)
-        return dict(zip(columns, means, strict=True))
-
-    return statistic
+def accuracy(truth, predicted):
+    """The share of right predictions (n,), 1 or 0, where the truth (n,) is known."""
+    return ratio((predicted == truth).sum(), (~np.isnan(truth)).sum())
 
 
-def classification(scores, truth, classes, prefix=""):
-    """Statistic: AUROC, AP, accuracy at score > 0 by class; macro over those with both labels.
+def averages(values):
+    """Means of the columns of values (n, k), NaN entries left out: (k,)."""
+    return ratio(np.nansum(values, 0), (~np.isnan(values)).sum(0))
 
-    scores, truth: (n, K), NaN where the truth is not known. prefix: of the metrics' names.
+
+def classification(classes, both, truth, scores):
+    """AUROC, and accuracy at score > 0, of K classes; macro over those in the mask both (K,).
+
+    truth, scores: (n, K), NaN where the truth is not known.
     """
-    rankings = [ranking(scores[:, k], truth[:, k]) for k in range(len(classes))]
-    known = (~np.isnan(truth)).astype(np.float64)                              # (n, K)
-    correct = known * ((scores > TIE) == (truth == 1))                         # (n, K)
-    both = np.isin(classes, with_both_labels(classes, truth))                  # (K,)
-
-    def statistic(weights):
-        areas, precisions = np.transpose([rank(weights) for rank in rankings])  # (K,) each
-        metrics = {
-            "AUROC": areas,
-            "AP": precisions,
-            "accuracy": ratio(weights @ correct, weights @ known)}             # (K,)
-        result = {}
-        for metric, values in metrics.items():
-            counted = values[both & ~np.isnan(values)]
-            result[f"{prefix}macro {metric}"] = ratio(counted.sum(), len(counted))
-            for name, value in zip(classes, values, strict=True):
-                result[f"{prefix}{metric} {name}"] = value
-        return result
-
-    return statistic
+    result = {}
+    for metric, function, guesses in (
+            ("AUROC", auroc, scores),
+            ("accuracy", accuracy, scores > TIE)):
+        values = np.array([function(*pair) for pair in zip(truth.T, guesses.T, strict=True)])
+        result[f"macro {metric}"] = averages(values[both])
+        for name, value in zip(classes, values, strict=True):
+            result[f"{metric} {name}"] = value
+    return result
 
 
-def label_f1(predicted, truth):
-    """Statistic: CheXbert-style precision, recall, F1 of (n, K) booleans, micro and macro."""
-    counts = np.stack([predicted & truth, predicted, truth])                   # (3, n, K)
-
-    def statistic(weights):
-        macro = weights @ counts                                               # (3, K)
-        result = {}
-        for kind, total in {"micro": macro.sum(1), "macro": macro}.items():
-            both, said, real = total                                           # () or (K,) each
-            metrics = {
-                "F1": ratio(2 * both, said + real),
-                "recall": ratio(both, real),
-                "precision": ratio(both, said)}
-            for name, values in metrics.items():
-                result[f"{kind} {name}"] = np.nan_to_num(values).mean()
-        return result
-
-    return statistic
+def precision_recall_f1(truth, predicted):
+    """CheXbert-style micro averages of (n, K) booleans, 0 where nothing is predicted or true."""
+    both = (truth & predicted).sum()
+    real = truth.sum()
+    said = predicted.sum()
+    return {
+        "micro F1": 2 * both / max(1, said + real),
+        "micro recall": both / max(1, real),
+        "micro precision": both / max(1, said)}
 
 
-def median_rank(ranks):
-    """Statistic: the lower median of ranks (n,)."""
-    order = np.argsort(ranks)
+def bootstrap(metrics, arrays, patients, resamples=1000, seed=0):
+    """Values of some metrics and their 95 % percentile intervals, resampled by patient.
 
-    def statistic(weights):
-        drawn = np.cumsum(weights[order])
-        middle = np.searchsorted(drawn, drawn[-1] / 2)
-        return {"median rank": ranks[order][middle]}
-
-    return statistic
-
-
-def resample(patients, resamples, seed):
-    """Yield weights (n,): patients (n,) drawn with replacement, each with all its items."""
+    metrics: a function of arrays, of n rows each, that returns {name: value}. patients: (n,) ids,
+    drawn with replacement, each with all its rows. Returns {name: {"value": float, "interval":
+    [low, high]}}, NaN where nothing can be said.
+    """
     names, patient = np.unique(patients, return_inverse=True)                  # (p,), (n,)
     rng = np.random.default_rng(seed)
-    for _ in range(resamples):
-        drawn = rng.integers(0, len(names), len(names))
+    draws = []
+    for _ in tqdm(range(resamples), "resamples", leave=False, delay=1, disable=None):
+        drawn = rng.integers(0, len(names), len(names))                        # (p,)
         times = np.bincount(drawn, minlength=len(names))                       # (p,)
-        yield times[patient]
-
-
-def bootstrap(statistic, patients, resamples=1000, seed=0):
-    """Values of a statistic and their 95 % percentile intervals, resampled by patient.
-
-    patients: (n,) ids. Returns {name: {"value": float, "interval": [low, high]}}, NaN where
-    nothing can be said.
-    """
-    draws = [statistic(weights) for weights in resample(patients, resamples, seed)]
+        rows = np.repeat(np.arange(len(patient)), times[patient])
+        draws.append(metrics(*(array[rows] for array in arrays)))
     result = {}
-    for name, value in statistic(np.ones(len(patients))).items():
+    for name, value in metrics(*arrays).items():
         values = [draw[name] for draw in draws if not np.isnan(draw[name])]
         interval = np.quantile(values or [np.nan], (0.025, 0.975))
         result[name] = {"value": float(value), "interval": interval.tolist()}
@@ -654,41 +581,47 @@ def unit_rows(rows):
     return F.normalize(rows, dim=1)
 
 
+@dataclass
 class Bench:
     """One model on one split; every embedding is computed once and shared by the tasks.
 
-    options: as the flags of the same name, but prompts: what read_prompts returns. Raises UserError
-    for an empty split or an unknown class.
+    Keywords are as the flags of the same name, but prompts: what read_prompts returns. Raises
+    UserError for an empty split or an unknown class.
     Of each row: .reports; .ids; .labels (n, 14), 0 or 1, by rule where the row has none, NaN where
-    nothing is known; .truth
-    (n, K) of .classes, what is scored: 1, 0, NaN; .images (n, D), embedded. Of some rows: .pairs
-    (row, present class, absent class). .set is the data set's name, .notes what readers of the
-    results must know.
+    nothing is known; .truth (n, K) of .classes, what is scored: 1, 0, NaN; .images (n, D),
+    embedded. Of some rows: .pairs (row, present class, absent class). .set is the data set's name,
+    .notes what readers of the results must know.
     """
 
-    def __init__(self, model, manifest, **options):
-        self.model = model
-        self.manifest = manifest
-        self.args = parse_args([])
-        vars(self.args).update(options)
-        self.where = f"{manifest.path} (split {manifest.split})"
+    model: object
+    manifest: Manifest
+    batch_size: int = 64
+    workers: int = 0
+    resamples: int = 1000
+    seed: int = 0
+    prompts: dict = field(default_factory=dict)
+    pool: int = 0
+    fraction: tuple = (0.1, 1.0)
+
+    def __post_init__(self):
+        self.where = f"{self.manifest.path} (split {self.manifest.split})"
         self.notes = []
         self.embedded = {}
-        if not len(manifest):
+        if not len(self.manifest):
             raise Unmeasurable(f"{self.where}: no studies; choose another --split, or write "
                                '"split": "train", "val" or "test" into each line')
         self.device = torch.device("cpu")
-        if isinstance(model, nn.Module):
-            model.eval()
-            self.device = next(model.parameters(), torch.empty(0)).device
+        if isinstance(self.model, nn.Module):
+            self.model.eval()
+            self.device = next(self.model.parameters(), torch.empty(0)).device
         self.reports = []
         self.ids = []
         self.pairs = []
         self.scored = []
         labels = []
         official = set()
-        for row in range(len(manifest)):
-            record = manifest[row]
+        for row in range(len(self.manifest)):
+            record = self.manifest[row]
             self.ids.append(record["id"])
             self.reports.append(record.get("report", ""))
             given = record.get("labels") or label_report(self.reports[row])  # as of CXR-Align
@@ -698,46 +631,34 @@ class Bench:
             self.scored.append(truth_of(record))
             official.update(record.get("targets", {}))
         self.labels = np.stack(labels)                                         # (n, 14)
-        self.set = set_name(self.ids, manifest.path)
+        self.set = set_name(self.ids, self.manifest.path)
         names = official or {name for truth in self.scored for name in truth}
-        self.classes = self.choose_classes(names)
+        self.classes = [name for name in CONDITIONS if name in names]
+        self.classes += sorted(names - {*CONDITIONS})
         self.truth = self.columns(self.classes)                                # (n, K)
-
-    def choose_classes(self, names):
-        """Those of names that --conditions asks for, CheXbert's first and in its order."""
-        names = [name for name in CONDITIONS if name in names] + sorted(names - {*CONDITIONS})
-        wanted = self.args.conditions or names
-        for name in (*wanted, *self.args.prompts):
-            if name not in (*names, *CONDITIONS):
-                raise UserError(f"{self.where}: unknown class {name!r} in --conditions or "
-                                f"--prompts; expected one of {', '.join(names)}")
-        return [name for name in names if name in wanted]
+        known = [*self.classes, *CONDITIONS]
+        for name in self.prompts:
+            expect(name in known, f"--prompts, {name}", f"a class out of {', '.join(known)}")
 
     def columns(self, names):
         """Truth of some classes (n, K): 1, 0, NaN for unknown."""
         truth = [[scored.get(name, -1) for name in names] for scored in self.scored]
         return np.where(np.less(truth, 0), np.nan, truth).astype(np.float32)
 
-    def prompts(self, name, single=False):
+    def prompts_of(self, name):
         """Positive and negative prompts of a class: those of --prompts, else ours."""
-        if name not in self.args.prompts:
-            return prompts(name, single)
-        sides = self.args.prompts[name]
-        if single:
-            return [texts[:1] for texts in sides]
-        return sides
+        return self.prompts.get(name) or prompts(name)
 
     def rng(self, row):
         """Random numbers that depend on the seed and the study, not on the other rows."""
         key = zlib.crc32(self.ids[row].encode())
-        return np.random.default_rng((self.args.seed, key))
+        return np.random.default_rng((self.seed, key))
 
     def of_split(self, split):
         """The same model on another split of the same file."""
         if split == self.manifest.split:
             return self
-        manifest = Manifest(self.manifest.path, split, self.manifest.image_root)
-        return Bench(self.model, manifest, **vars(self.args))
+        return replace(self, manifest=Manifest(self.manifest.path, split, self.manifest.image_root))
 
     def read(self, row):
         """One image through the model's transform; UserError with file and line if it cannot be."""
@@ -755,9 +676,9 @@ class Bench:
     def images(self):
         """Image embeddings (n, D); threads read one batch ahead."""
         rows = range(len(self.manifest))
-        size = self.args.batch_size
+        size = self.batch_size
         parts = []
-        with ThreadPoolExecutor(max(1, self.args.workers)) as pool:
+        with ThreadPoolExecutor(max(1, self.workers)) as pool:
             ahead = pool.map(self.read, rows[:size])
             for start in tqdm(rows[::size], "images", leave=False, delay=1, disable=None):
                 pixels = torch.stack(list(ahead)).to(self.device)              # (B, C, H, W)
@@ -769,30 +690,53 @@ class Bench:
     def texts(self, texts):
         """Text embeddings (m, D); equal texts are encoded once."""
         new = sorted(set(texts) - self.embedded.keys(), key=lambda text: (len(text), text))
-        starts = range(0, len(new), self.args.batch_size)  # of like lengths: less padding
+        starts = range(0, len(new), self.batch_size)  # of like lengths: less padding
         for start in tqdm(starts, "texts", leave=False, delay=1, disable=None):
-            batch = new[start:start + self.args.batch_size]
+            batch = new[start:start + self.batch_size]
             rows = unit_rows(self.model.encode_text(batch))
             self.embedded |= zip(batch, rows, strict=True)
         return torch.stack([self.embedded[text] for text in texts])
 
-    def measure(self, table, statistics, rows=slice(None), *, cells, chance, **more):
-        """A task's result: all metrics of some statistics over rows, with intervals.
+    def bootstrap(self, rows, metrics, *arrays):
+        """Resampled metrics of arrays that have an entry for each of some rows."""
+        return bootstrap(metrics, arrays, self.manifest.patients[rows], self.resamples, self.seed)
+
+    def means(self, rows, columns):
+        """Resampled means of {name: (n,)}, NaN entries left out."""
+        values = np.stack(list(columns.values()), 1).astype(np.float64)        # (n, k)
+        return self.bootstrap(
+            rows, lambda drawn: dict(zip(columns, averages(drawn), strict=True)), values)
+
+    def classify(self, rows, classes, scores):
+        """Resampled classification by scores (n, K) of some rows."""
+        truth = self.columns(classes)[rows]                                    # (n, K)
+        both = np.isin(classes, with_both_labels(classes, truth))              # (K,)
+        return self.bootstrap(rows, partial(classification, classes, both), truth, scores)
+
+    def result(self, table, metrics, rows, *, cells, chance=None, **more):
+        """What a task returns: its metrics, and cells with all that makes two numbers unlike.
 
         table: of the paper; cells: {its column: metric}; chance: {metric: value}, 0.5 for AUROCs.
         """
-        patients = self.manifest.patients[rows]
-        metrics = {}
-        for statistic in statistics:
-            metrics |= bootstrap(statistic, patients, self.args.resamples, self.args.seed)
         for name, metric in metrics.items():
-            metric["chance"] = 0.5 if "AUROC" in name else chance.get(name)
+            metric["chance"] = 0.5 if "AUROC" in name else (chance or {}).get(name)
+        n = len(rows)
+        suffix = ""
+        if "pool" in more:
+            suffix += f", pool {more['pool']}"
+        if "classes" in more:
+            suffix += f", {len(more['classes'])} classes"
+        if self.manifest.split != "test":
+            suffix += f", {self.manifest.split}"
+        heads = {}
+        for column, metric in cells.items():
+            heads[f"{self.set} {column} (n={more.get(f'n_{metric}', n)}{suffix})"] = metric
         return {
             "table": table,
-            "cells": cells,
+            "cells": heads,
             "metrics": metrics,
-            "n": len(patients),
-            "patients": len(np.unique(patients)),
+            "n": n,
+            "patients": len(np.unique(self.manifest.patients[rows])),
             **more}
 
 
@@ -817,20 +761,18 @@ def truth_of(record):
 # ---------------------------------------------------------------- pictures
 
 
-def draw_figures(bench, tasks, log):
-    """Write the pictures of what was measured, and of a run's log, into --figures."""
-    figures = {"soft-labels": draw_soft_labels(bench)}
-    if log.is_file():
-        figures["curves"] = draw_curves(log)
+def draw_figures(bench, tasks, run, args):
+    """Write pictures of the split, of what was measured and of a run's log into --figures."""
+    figures = {"images": draw_images(bench), "soft-labels": draw_soft_labels(bench, run)}
+    if (run / "log.jsonl").is_file():
+        figures["curves"] = draw_curves(run / "log.jsonl")
     if "zero-shot" in tasks:
         figures["roc"] = draw_roc(bench, tasks["zero-shot"]["metrics"])
-    if "retrieval" in tasks and bench.args.show_reports:
+    if "retrieval" in tasks and args.show_reports:
         figures["retrieval"] = draw_retrieval(bench)
-    folder = Path(bench.args.figures)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", bbox_inches="tight")
-    print(f"wrote {', '.join(figures)} into {folder}")
+        figure.savefig(Path(args.figures) / f"{name}.png", bbox_inches="tight")
+    print(f"wrote {', '.join(figures)} into {args.figures}")
 
 
 def panels(count, side):
@@ -838,6 +780,29 @@ def panels(count, side):
     from matplotlib.figure import Figure
     figure = Figure((side * count, side), layout="constrained")
     return figure, figure.subplots(1, count, squeeze=False)[0]
+
+
+def show_image(ax, bench, row, title):
+    """The image of a row under some text."""
+    ax.imshow(read_image(bench.manifest.image_path(row)), "gray")
+    ax.set_axis_off()
+    ax.set_title(title, loc="left", size=8)
+
+
+def draw_images(bench):
+    """Twelve images, evenly spread over the split, with the names of their positive classes."""
+    from matplotlib.figure import Figure
+    figure = Figure((12, 10), layout="constrained")
+    rows = np.unique(np.linspace(0, len(bench.ids) - 1, 12, dtype=int))
+    for row, ax in zip(rows, figure.subplots(3, 4).flat, strict=False):
+        ax.set_axis_off()
+        show_image(ax, bench, row, caption(bench.scored[row]))
+    return figure
+
+
+def caption(labels):
+    """The positive classes of {class: 1, 0 or -1}."""
+    return textwrap.fill(", ".join(name for name, value in labels.items() if value == 1), 40)
 
 
 def draw_roc(bench, metrics):
@@ -850,16 +815,22 @@ def draw_roc(bench, metrics):
     figure, (ax,) = panels(1, side=7)
     for k, name in enumerate(bench.classes):
         area = metrics[f"AUROC {name}"]["value"]
-        ax.plot(ratio(false[:, k], false[-1, k]), ratio(true[:, k], true[-1, k]),
-                linewidth=1 + k // 10, label=f"{name} {area:.3f}")
+        if area is None:
+            continue
+        ax.plot(false[:, k] / false[-1, k], true[:, k] / true[-1, k], linewidth=1 + k // 10,
+                label=f"{name} {area:.3f}")
     ax.set(title="Zero-shot ROC and AUROC", xlabel="1 - specificity", ylabel="sensitivity")
     ax.legend()
     return figure
 
 
 @torch.no_grad()
-def draw_soft_labels(bench):
+def draw_soft_labels(bench, run):
     """y_hat of t, c and g (Fig. 3) of twelve studies: reports, then their hard negatives."""
+    thresholds = DynamicSoftContrastiveLoss().thresholds
+    flags = {}
+    if (run / "config.json").is_file():
+        flags = read_json(run / "config.json").get("flags", {})
     count = min(12, len(bench.reports))
     sides = [bench.manifest[row] for row in range(count)]
     for study in sides[:count]:
@@ -871,12 +842,12 @@ def draw_soft_labels(bench):
     if hasattr(bench.model, "gcn"):
         graphs = [side.get("graph", {}) for side in sides]
         streams["graph"] = bench.model.encode_graph(graphs).cpu()              # (m, D)
-    thresholds = DynamicSoftContrastiveLoss().thresholds
     figure, axes = panels(len(streams), side=4)
     for ax, (name, x) in zip(axes, streams.items(), strict=True):
-        y = soft_labels(x @ x.T, thresholds[name])                             # (m, m)
+        tau = flags.get(f"tau_{name}", thresholds[name])  # the run's own
+        y = soft_labels(x @ x.T, tau)                                          # (m, m)
         ax.imshow(y.sqrt().numpy(), "Greys")  # the root, so that small shares show
-        ax.set(title=f"y_{name[0]}: {name}, default tau {thresholds[name]}",
+        ax.set(title=f"y_{name[0]}: {name}, tau {tau}",
                xlabel=f"{count} studies, then their hard negatives, if any")
     return figure
 
@@ -906,9 +877,7 @@ def draw_retrieval(bench):
         for place, j in enumerate(best, 1):
             its_own = " (its own)" if texts[j] == bench.reports[row] else ""
             lines.append(f"{place}{its_own}: {texts[j]}")
-        ax.imshow(read_image(bench.manifest.image_path(row)), "gray")
-        ax.set_axis_off()
-        ax.set_title("\n".join(textwrap.fill(line, 66) for line in lines), loc="left", size=8)
+        show_image(ax, bench, row, "\n".join(textwrap.fill(line, 66) for line in lines))
     return figure
 
 
@@ -925,52 +894,50 @@ def provenance():
     return {"git": git or None, "versions": versions}
 
 
-def print_metrics(tasks, classes):
-    """Metrics in percent (ranks aside), 95 % interval, chance; none of single classes."""
-    for task, entry in tasks.items():
-        print(f"{task}: {entry['n']} items of {entry['patients']} patients")
-        for name, metric in entry["metrics"].items():
-            if name.endswith((*CONDITIONS, *classes)):
-                continue
-            scale = 1 if "rank" in name else 100
-            value = scale * metric["value"]
-            low, high = (scale * bound for bound in metric["interval"])
-            line = f"  {name:<42}{value:8.1f}  [{low:.1f}, {high:.1f}]"
-            if metric["chance"] is not None:
-                line += f"  chance {100 * metric['chance']:.3g}"
-            print(line)
+def print_table(task, results):
+    """One task in the paper's layout, in percent: a row for each model that has it, and of chance.
+
+    Of one model alone there are rows for its classes too, where these are at most 15.
+    """
+    results = [result for result in results if task in result["tasks"]]
+    entries = [result["tasks"][task] for result in results]
+    if not results:
+        return
+    columns = {}  # head: the metric of each model, None where it has none
+    for entry in entries:
+        for head in entry["cells"]:
+            columns[head] = [other["metrics"].get(other["cells"].get(head)) for other in entries]
+    print_row(f"{entries[0]['table']}, {task}", columns)
+    print_row("---", ["---"] * len(columns))
+    for k, result in enumerate(results):
+        print_row(result["model"], [cell(metrics[k]) for metrics in columns.values()])
+    print_row("chance", [chance(metrics) for metrics in columns.values()])
+    entry = entries[0]
+    classes = entry.get("classes", [])
+    if len(results) == 1 and len(classes) <= 15:
+        for name in classes:
+            metrics = [entry["metrics"].get(f"{macro.replace('macro ', '')} {name}")
+                       for macro in entry["cells"].values()]
+            if any(metrics):
+                print_row(name, map(cell, metrics))
 
 
-def table_cells(bench, tasks):
-    """{table: {column: value}}; what makes two numbers unlike stands in the column's name."""
-    tables = {}
-    for entry in tasks.values():
-        more = ""
-        if "pool" in entry:
-            more += f", pool {entry['pool']}"
-        classes = entry.get("prompts") or entry.get("classes")
-        if classes:
-            more += f", {len(classes)} classes"
-        split = entry.get("split", bench.manifest.split)
-        if split != "test":
-            more += f", {split}"
-        for column, metric in entry["cells"].items():
-            n = entry.get(f"n_{metric}", entry["n"])
-            head = f"{bench.set} {column} (n={n}{more})"
-            cells = tables.setdefault(entry["table"], {})
-            cells[head] = entry["metrics"][metric]["value"]
-    return tables
+def print_row(title, cells):
+    print(f"| {title} | {' | '.join(cells)} |")
 
 
-def print_tables(results):
-    """The paper's tables in Markdown, in percent: a row for each model that has something there."""
-    for title in sorted({title for result in results for title in result["tables"]}):
-        rows = [result for result in results if title in result["tables"]]
-        columns = list(dict.fromkeys(name for row in rows for name in row["tables"][title]))
-        print(f"\n| {title} | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
-        for row in rows:
-            cells = [percent(row["tables"][title].get(name)) for name in columns]
-            print(f"| {row['model']} | {' | '.join(cells)} |")
+def cell(metric):
+    """A metric with its interval, as "85.0 [83.1, 86.9]"; "-" where there is none."""
+    if metric is None or metric["value"] is None:
+        return "-"
+    low, high = map(percent, metric["interval"])
+    return f"{percent(metric['value'])} [{low}, {high}]"
+
+
+def chance(metrics):
+    """Chance in the same column of some models: one number, but for "centred"."""
+    chances = {percent(metric["chance"]) for metric in metrics if metric}
+    return " / ".join(sorted(chances))
 
 
 def percent(value):
@@ -980,8 +947,16 @@ def percent(value):
 def read_result(path):
     """A result file; UserError if it is none."""
     result = read_json(path)
-    expect(isinstance(result, dict) and "tables" in result, path, "a result file of evaluate.py")
+    expect(isinstance(result, dict) and "tasks" in result, path, "a result file of evaluate.py")
     return result
+
+
+def make_folder(path):
+    """A folder to write into; UserError if it cannot be made."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: expected a folder to write into ({error.strerror})") from None
 
 
 def write_result(result, args):
@@ -992,11 +967,13 @@ def write_result(result, args):
         if args.prompts:
             names.append(args.prompts_name)
         out = f"{args.run}/results-{'-'.join(names)}.json"
-    if out:
-        done = "replaced" if Path(out).exists() else "wrote"
-        with open_atomic(out) as file:
-            json.dump(result, file, indent=1)
-        print(f"{done} {out}")
+    if not out:
+        print("not saved; give --out")
+        return
+    done = "replaced" if Path(out).exists() else "wrote"
+    with open_atomic(out) as file:
+        json.dump(result, file, indent=1)
+    print(f"{done} {out}")
 
 
 # ---------------------------------------------------------------- the command line
@@ -1023,15 +1000,13 @@ def load_any(path, device):
 def parse_args(words):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      description=__doc__.split("\n\n")[0])
-    parser.add_argument("run", nargs="?",
-                        help="run folder, checkpoint, Hugging Face CLIP, or .py file with load()")
-    add = parser.add_argument_group("data").add_argument
+    add = parser.add_argument
+    add("run", nargs="?",
+        help="run folder, checkpoint, Hugging Face CLIP, or .py file with load()")
     add("--data", metavar="X.jsonl", help="manifest; cxr-align needs one with hard negatives")
     add("--split", default="test", choices=(*SPLITS, "all"),
         help="rows to score, in the paper test; fine-tune uses all three whatever this says")
     add("--image-root", help="where the images are, if not where X.jsonl says")
-    add("--conditions", nargs="+", help="only these classes; None means all")
-    add = parser.add_argument_group("task").add_argument
     add("--task", default="all", choices=(*TASKS, "all"), help="all: whatever X.jsonl allows")
     add("--pool", type=minimum(0), default=0,
         help="normal-case: abnormal reports, 0 for all; paper 2999")
@@ -1039,12 +1014,11 @@ def parse_args(words):
         help="fine-tune: shares of the training patients; the paper's are 0.1 and 1")
     add("--prompts", metavar="FILE.json", default={}, help="class -> [positive texts, negative "
         "texts]; classes that are not in it, No Finding too, keep ours")
-    add = parser.add_argument_group("run").add_argument
     add("--compare", nargs="+", help="print the tables of these result files")
     add("--out",
         help="result file; None: results-TASK-MANIFEST-SPLIT(-PROMPTS).json in a run folder RUN")
     add("--figures",
-        help="draw the run's curves, ROC, soft labels there; needs matplotlib")
+        help="draw images, soft labels, ROC, the run's curves there; needs matplotlib")
     add("--show-reports", action="store_true",
         help="with --figures: what is retrieved for three images too, which shows report text")
     add("--batch-size", type=minimum(1), default=64,
@@ -1052,29 +1026,33 @@ def parse_args(words):
     add("--workers", type=minimum(0), default=2,
         help="threads that read images; free cores at most")
     add("--seed", type=minimum(0), default=0, help="of resamples, pools, pairs and fractions")
-    add("--resamples", type=minimum(1), default=1000,
-        help="bootstrap resamples for the intervals; at most 100,000")
+    add("--resamples", type=minimum(1, below=100_001), default=1000,
+        help="bootstrap resamples for the intervals")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add("--device", default=devices[0], choices=devices,
         help="where the model runs; a .py file chooses itself")
-    args = parser.parse_args(words)
-    if args.resamples > 100_000:
-        parser.error("--resamples: expected at most 100,000")
-    return args
+    return parser.parse_args(words)
 
 
-def run_tasks(bench, task):
-    """Results by task; of "all" those that the manifest allows, with a note about the others."""
-    if task != "all":
-        return {task: TASKS[task](bench)}
+def run_tasks(bench, task, model):
+    """Results by task, printed as soon as measured; of "all" those that the manifest allows."""
     results = {}
-    for name, function in TASKS.items():
+    skipped = {}
+    chosen = [*TASKS] if task == "all" else [task]
+    for name in chosen:
         try:
-            results[name] = function(bench)
+            entry = TASKS[name](bench)
         except UserError as error:  # also an unreadable image: the other tasks' numbers stand
-            bench.notes.append(f"skipped {name}: {error}")
+            skipped.setdefault(str(error), []).append(name)
+            continue
+        entry = json.loads(json.dumps(entry), parse_constant=lambda _: None)  # JSON has no NaN
+        results[name] = entry
+        print(f"\n{name}: {entry['n']} items of {entry['patients']} patients\n")
+        print_table(name, [{"model": model, "tasks": results}])
+    reasons = [f"skipped {', '.join(names)}: {reason}" for reason, names in skipped.items()]
     if not results:
-        raise Unmeasurable("; ".join(bench.notes))
+        raise Unmeasurable("; ".join(reasons))
+    bench.notes += reasons
     return results
 
 
@@ -1084,13 +1062,17 @@ def main(argv=None):
     words = sys.argv[1:] if argv is None else list(argv)
     args = parse_args(words)
     if args.compare:
-        print_tables([read_result(path) for path in args.compare])
+        results = [read_result(path) for path in args.compare]
+        for task in TASKS:
+            print_table(task, results)
         return
     expect(args.run and args.data, "command line", "RUN and --data X.jsonl, or --compare JSON ...")
-    if args.figures and importlib.util.find_spec("matplotlib") is None:  # asked before any work
-        raise UserError("--figures needs matplotlib: pip install matplotlib")
-    expect(not Path(args.figures or ".").is_file(), args.figures, "a folder for pictures")
-    expect(Path(args.out or ".").absolute().parent.is_dir(), args.out, "a file in a folder")
+    if args.out:  # asked before any work
+        make_folder(Path(args.out).parent)
+    if args.figures:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise UserError("--figures needs matplotlib: pip install matplotlib")
+        make_folder(args.figures)
     run = Path(args.run).resolve()
     if run.suffix == ".pt":
         run = run.parent
@@ -1099,11 +1081,18 @@ def main(argv=None):
         args.prompts_name = Path(args.prompts).stem
         name += f", {args.prompts_name}"
         args.prompts = read_prompts(args.prompts)
-    manifest = Manifest(args.data, args.split, args.image_root)
-    bench = Bench(load_any(args.run, args.device), manifest, **vars(args))
-    tasks = run_tasks(bench, args.task)
-    print_metrics(tasks, bench.classes)
-    bench.notes.append("values by class are in the result file alone (see --out)")
+    bench = Bench(
+        load_any(args.run, args.device),
+        Manifest(args.data, args.split, args.image_root),
+        batch_size=args.batch_size,
+        workers=args.workers,
+        resamples=args.resamples,
+        seed=args.seed,
+        prompts=args.prompts,
+        pool=args.pool,
+        fraction=args.fraction)
+    tasks = run_tasks(bench, args.task, name)
+    print()
     for note in bench.notes:
         print(f"note: {note}")
     result = vars(args) | provenance() | {
@@ -1111,13 +1100,10 @@ def main(argv=None):
         "command": shlex.join(["python", "evaluate.py", *words]),
         "set": bench.set,
         "tasks": tasks,
-        "tables": table_cells(bench, tasks),
         "notes": bench.notes}
-    result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # JSON has no NaN
-    print_tables([result])
     write_result(result, args)
     if args.figures:
-        draw_figures(bench, tasks, run / "log.jsonl")
+        draw_figures(bench, tasks, run, args)
 
 
 if __name__ == "__main__":
