@@ -17,6 +17,7 @@ SPDX-License-Identifier: MIT
 import argparse
 import contextlib
 import copy
+import difflib
 import importlib.metadata
 import importlib.util
 import json
@@ -55,13 +56,14 @@ from data import (
     read_jsonl,
     run_main,
 )
-from loss import DynamicSoftContrastiveLoss, soft_labels
-from model import ModelError, load_model
+from gcn import read_radgraph
+from loss import soft_labels
 from negations import label_report
 
 TIE = 1e-6  # closer cosines are a tie, as float32 cannot tell them apart
 CHUNK = 256  # images compared at once with all texts: 400,000 texts then take 0.4 GB
 ACCURACY_SETS = ("chexpert5x200", "vindr", "cxr14")  # Tab. 2: accuracy; AUC for other sets
+FRACTIONS = (0.1, 1.0)  # Tab. 2: FT10 and FT100, shares of the training patients
 
 
 class Unmeasurable(UserError):
@@ -70,8 +72,9 @@ class Unmeasurable(UserError):
 
 # ---------------------------------------------------------------- the six tasks: Bench -> result
 # A Bench is a model and the rows it is asked about: their images and reports, embedded once, their
-# classes and truth. Each task ends with bench.result(table, metrics, rows, cells={column of the
-# paper's table: our metric}, ...), of metrics that the Bench has resampled.
+# classes and truth. Each task ends with bench.measure(rows, metrics, cells={column of the paper's
+# table: our metric}, ...), where metrics(drawn) are those of some of the rows: for the intervals,
+# of rows drawn again and again. The first lines of its docstring stand under its table.
 
 
 def zero_shot(bench):
@@ -81,91 +84,92 @@ def zero_shot(bench):
     classes also as one choice.
     """
     classes = bench.classes
-    both = with_both_labels(classes, bench.truth)
-    if not both:
+    if not with_both_labels(classes, bench.truth):
         raise Unmeasurable(f"{bench.where}: no class has both positive and negative images; give "
                            '"targets" of 0 and 1, or label the reports with `python negations.py`')
-    if len(both) < len(classes):
-        bench.notes.append("one label only, so AUROC cannot be told and means leave it out: "
-                           + ", ".join(sorted({*classes} - {*both})))
-    rows = with_truth(bench.truth)
-    positive, negative = class_scores(bench, classes)                          # (all, K) each
-    metrics = bench.classify(rows, classes, (positive - negative)[rows])
+    positive, negative = class_scores(bench, classes)                          # (n, K) each
     # ASSUMPTION: Tab. 2's accuracy is the mean over classes, and five-way for CheXpert 5x200.
     cells = {"ZS AUC": "macro AUROC"}
+    choice = {}
     if bench.set in ACCURACY_SETS:
         cells = {"ZS ACC": "macro accuracy"}
     if bench.set == "chexpert5x200":
         cells = {"ZS ACC": "5-way accuracy"}
-        correct = bench.truth[rows, positive[rows].argmax(1)]                  # (n,)
-        metrics |= bench.means(rows, {"5-way accuracy": correct})
-    return bench.result(
-        "Tab. 2",
-        metrics,
-        rows,
-        cells=cells,
-        chance={"5-way accuracy": 0.2},
-        classes=classes,
-        prompts={name: bench.prompts_of(name) for name in classes})
+        choice = {"5-way accuracy": bench.truth[range(len(bench.truth)), positive.argmax(1)]}
+    return measure_classes(bench, classes, {"": positive - negative}, cells, **choice)
 
 
 def fine_tune(bench):
     """Tab. 2 FT10, FT100 (Sec. 5.3): train rows train, val rows choose, test rows are scored."""
     train, val, test = (bench.of_split(split) for split in SPLITS)
-    chosen = {share: rows_of_share(train.manifest.patients, share, bench.seed)
-              for share in sorted(bench.fraction)}
-    fewest = min(chosen.values(), key=len)
-    names = with_both_labels(train.classes, train.truth[fewest])
+    chosen = [rows_of_share(train.manifest.patients, share, bench.seed) for share in FRACTIONS]
+    names = with_both_labels(train.classes, train.truth[chosen[0]])
     if not names:
         raise Unmeasurable(f"{train.where}: fine-tune finds no class with positives and negatives "
-                           f'among {len(fewest)} rows; raise --fraction, or give them "targets"')
-    known = with_truth(test.columns(names))
-    metrics = {}
+                           f'among {len(chosen[0])} rows; give more of them "targets"')
+    scores = {}
     cells = {}
-    for share, rows in chosen.items():
-        label = f"FT{100 * share:g}"
-        scores = probe_scores(train, val, test, rows, names)[known]            # (n, K)
-        for name, metric in test.classify(known, names, scores).items():
-            metrics[f"{label} {name}"] = metric
-        cells[f"{label} AUC"] = f"{label} macro AUROC"
-    return test.result(
-        "Tab. 2",
-        metrics,
+    for share, rows in zip(FRACTIONS, chosen, strict=True):
+        task = f"FT{100 * share:g}"
+        scores[f"{task} "] = probe_scores(train, val, test, rows, names)       # (n, K)
+        cells[f"{task} AUC"] = f"{task} macro AUROC"
+    return measure_classes(test, names, scores, cells) | {
+        "train": {str(share): len(rows) for share, rows in zip(FRACTIONS, chosen, strict=True)}}
+
+
+def measure_classes(bench, names, scores, cells, **choice):
+    """The result of scores {prefix of metrics: (n, K)} of some classes, and of a choice (n,)."""
+    truth = bench.columns(names)                                               # (n, K)
+    both = with_both_labels(names, truth)
+    known = with_truth(truth)
+
+    def metrics(drawn):
+        rows = known[drawn]
+        result = averages(choice, rows)
+        for prefix, columns in scores.items():
+            for name, value in classification(truth[rows], columns[rows], names, both).items():
+                result[prefix + name] = value
+        return result
+
+    return bench.measure(
         known,
+        metrics,
         cells=cells,
-        classes=names,
-        train={str(share): len(rows) for share, rows in chosen.items()})
+        chance={"5-way accuracy": 0.2},
+        unlike=f", {len(both)} classes",
+        classes=names)
 
 
 def normal_case(bench):
-    """Tab. 3 NCD (Sec. 5.5): a normal image's own report must rank before all abnormal ones."""
+    """Tab. 3 NCD (Sec. 5.5): a normal image's own report ranks before all abnormal ones."""
     # ASSUMPTION: the normal report is the study's own, the abnormal ones all that there are.
+    if "No Finding" not in bench.classes:
+        raise Unmeasurable(f'{bench.where}: normal-case needs "No Finding" in "targets", 0 or 1')
     truth = bench.columns(["No Finding"])[:, 0]                                # (n,)
     rows = [i for i in np.flatnonzero(truth == 1) if bench.reports[i]]
     normal = [bench.reports[i] for i in rows]
-    pool = {bench.reports[i] for i in np.flatnonzero(truth == 0)}
-    pool = sorted(pool - {*normal, ""})
+    pool = sorted({bench.reports[i] for i in np.flatnonzero(truth == 0)} - {*normal, ""})
     if not normal or len(pool) < max(1, bench.pool):
-        raise Unmeasurable(f'{bench.where}: normal-case needs a normal study ("No Finding": 1) and '
-                           f"--pool abnormal reports, and has {len(normal)} and {len(pool)}: run "
-                           "negations.py on it, lower --pool or take --split all")
+        raise Unmeasurable(f"{bench.where}: normal-case needs a normal study and --pool abnormal "
+                           f"reports, found {len(normal)} and {len(pool)}; try --split all")
     np.random.default_rng(bench.seed).shuffle(pool)
     pool = pool[:bench.pool or None]
     nearer, _ = retrieve(bench.images[rows], bench.texts(normal), bench.texts(pool))
-    return bench.result(
-        "Tab. 3",
-        bench.means(rows, {"accuracy": nearer == 0}),
+    return bench.measure(
         rows,
+        partial(averages, {"accuracy": nearer == 0}),
         cells={"NCD ACC": "accuracy"},
         chance={"accuracy": 1 / (len(pool) + 1)},
+        unlike=f", pool {len(pool)}",
         pool=len(pool))
 
 
 def adversarial(bench):
-    """Tab. 4 (Sec. 5.4): a present and an absent class of an image, both decided correctly.
+    """Tab. 4 (Sec. 5.4) ACC, "both": a present and an absent class of an image decided correctly;
+    "centred": the same after each image's scores have lost their mean.
 
-    All findings of an image score high or low together. "centred" takes each image's scores less
-    their mean, and needs no label for it; its chance is that of its scores dealt at random.
+    All findings of an image score high or low together. Centring needs no label; its chance is
+    that of the image's scores dealt at random.
     """
     pairs = bench.pairs or draw_pairs(bench)  # (row, present class, absent class)
     if not pairs:
@@ -176,26 +180,19 @@ def adversarial(bench):
     positive, negative = class_scores(bench, names)
     scores = (positive - negative)[rows]                                       # (n, K)
     pair = np.searchsorted(names, [present, absent]).T                         # (n, 2)
-    sign = (1, -1)  # above 0 where present, below where absent
-    correct = np.take_along_axis(scores, pair, 1) * sign > TIE                 # (n, 2)
-    columns = {"both": correct.all(1), "present": correct[:, 0], "absent": correct[:, 1]}
-    chance = {"both": 0.25, "present": 0.5, "absent": 0.5}
+    both = decided(scores, pair)                                               # (n,)
     scores, dealt = centre(scores, ~np.isnan(bench.columns(names)[rows]))      # (n, K), (n,)
-    centred = np.take_along_axis(scores, pair, 1) * sign                       # (n, 2)
-    reported = ~np.isnan(centred).any(1)                                       # (n,)
-    columns["centred"] = np.where(reported, (centred > TIE).all(1), np.nan)
-    chance["centred"] = float(averages(np.where(reported, dealt, np.nan)))
-    return bench.result(
-        "Tab. 4",
-        bench.means(rows, columns),
+    centred = decided(scores, pair)                                            # (n,)
+    known = ~np.isnan(centred)
+    return bench.measure(
         rows,
+        partial(averages, {"both": both, "centred": centred}),
         # ASSUMPTION: Tab. 4's ACC takes scores as they are; nobody can know if 34.4 was centred.
         cells={"ACC": "both", "centred": "centred"},
-        chance=chance,
-        n_centred=int(reported.sum()),
-        pairs="of ProbMed" if bench.pairs else "drawn by the seed",
-        classes=names,
-        prompts={name: bench.prompts_of(name) for name in names})
+        chance={"both": 0.25, "centred": ratio(dealt[known].sum(), known.sum())},
+        unlike=f", {len(names)} classes",
+        n_centred=int(known.sum()),
+        pairs="of ProbMed" if bench.pairs else "drawn by the seed")
 
 
 def retrieval(bench):
@@ -209,30 +206,33 @@ def retrieval(bench):
     target = [candidates[report] for report in reports]                        # (n,)
     texts = bench.texts(candidates)                                            # (m, D)
     ranks, best = retrieve(bench.images[rows], texts[target], texts)
-    metrics = bench.means(rows, {f"@{k}": ranks <= k for k in (1, 5, 10)})
+    columns = {f"@{k}": ranks <= k for k in (1, 5, 10)}
     study = rows[np.unique(target, return_index=True)[1]]  # the first with each report
-    retrieved = bench.labels[study[best]] == 1                                 # (n, 14)
-    own = bench.labels[rows] == 1                                              # (n, 14)
-    known = ~np.isnan(bench.labels).any(1)
-    known = (known[rows] & known[study[best]])[:, None]                        # (n, 1)
-    metrics |= bench.bootstrap(rows, precision_recall_f1, own & known, retrieved & known)
+    own = bench.labels[rows]                                                   # (n, 14)
+    retrieved = bench.labels[study[best]]                                      # (n, 14)
+    known = ~np.isnan(own + retrieved)                                         # (n, 14)
+    own = known & (own == 1)                                                   # (n, 14)
+    retrieved = known & (retrieved == 1)                                       # (n, 14)
+
+    def metrics(drawn):
+        return averages(columns, drawn) | precision_recall_f1(own[drawn], retrieved[drawn])
+
     # ASSUMPTION: Tab. 5 does not name its average over labels; the row is micro.
-    cells = {"@5": "@5", "F1": "micro F1", "Recall": "micro recall", "Precision": "micro precision"}
-    return bench.result(
-        "Tab. 5",
-        metrics,
+    return bench.measure(
         rows,
-        cells=cells,
+        metrics,
+        cells={"@5": "@5", "F1": "micro F1", "Recall": "micro recall",
+               "Precision": "micro precision"},
         chance={f"@{k}": min(1, k / len(candidates)) for k in (1, 5, 10)},
         candidates=len(candidates))
 
 
 def cxr_align(bench):
-    """Tab. 6 (Sec. 5.6): A, the report r over its negation r^n; B, r over r^r (finding left out).
+    """Tab. 6 (Sec. 5.6) A: an image is nearer to its report r than to the negation r^n; swapped A:
+    an image without the finding is nearer to r^n; B: nearer to r than to r^r, the finding left out.
 
-    Equal scores count one half. "swapped A" turns A round: an image without the finding, drawn by
-    the seed, must prefer r^n.
-    Whoever only avoids negations, as Sec. 5.6 suspects, is right in A and wrong here.
+    Equal scores count one half. The other image is drawn by the seed. Whoever only avoids
+    negations, as Sec. 5.6 suspects, is right in A and wrong in swapped A.
     """
     rows = np.flatnonzero(bench.manifest.negatives)
     if not len(rows):
@@ -251,16 +251,12 @@ def cxr_align(bench):
         "swapped A": prefers(others, r_n, r),
         "B": prefers(images, r, r_r)}
     columns["B"][[not text.strip() for text in omitted]] = np.nan  # CXR-Align has empty ones
-    known = {f"n_{name}": int((~np.isnan(columns[name])).sum()) for name in ("swapped A", "B")}
-    ties = {f"ties {name}": float(np.mean(values == 0.5)) for name, values in columns.items()}
-    known |= {name: share for name, share in ties.items() if share > 0}
-    return bench.result(
-        "Tab. 6",
-        bench.means(rows, columns),
+    return bench.measure(
         rows,
+        partial(averages, columns),
         cells={name: name for name in columns},
         chance=dict.fromkeys(columns, 0.5),
-        **known)
+        **{f"n_{name}": int((~np.isnan(values)).sum()) for name, values in columns.items()})
 
 
 TASKS = {
@@ -320,6 +316,12 @@ def draw_pairs(bench):
     return pairs
 
 
+def decided(scores, pair):
+    """Where scores (n, K) are above 0 for the first class of a pair (n, 2), below for the other."""
+    margin = (np.take_along_axis(scores, pair, 1) * (1, -1)).min(1)            # (n,)
+    return np.where(np.isnan(margin), np.nan, margin > TIE)
+
+
 def centre(scores, scored):
     """Scores (n, K) less their mean over an image's scored findings; NaN where there are under 3.
 
@@ -337,7 +339,7 @@ def centre(scores, scored):
 
 def images_without(bench, rows, condition):
     """Embeddings of images that are without each row's condition (n,): (n, D), NaN for none."""
-    chosen = torch.full((len(rows), bench.images.shape[1]), torch.nan)
+    chosen = torch.full_like(bench.images[rows], torch.nan)
     for k, row in enumerate(rows):
         without = np.flatnonzero(bench.labels[:, CONDITIONS.index(condition[k])] == 0)
         if len(without):
@@ -460,18 +462,23 @@ def auroc(truth, scores):
     return ratio((below + not_above).sum(), 2 * len(positive) * len(negative))
 
 
+def average(values):
+    """The mean of values (n,), NaN entries left out."""
+    return ratio(np.nansum(values), (~np.isnan(values)).sum())
+
+
+def averages(columns, rows):
+    """The means of {name: (n,)} over some rows."""
+    return {name: average(values[rows]) for name, values in columns.items()}
+
+
 def accuracy(truth, predicted):
     """The share of right predictions (n,), 1 or 0, where the truth (n,) is known."""
-    return ratio((predicted == truth).sum(), (~np.isnan(truth)).sum())
+    return average(np.where(np.isnan(truth), np.nan, predicted == truth))
 
 
-def averages(values):
-    """Means of the columns of values (n, k), NaN entries left out: (k,)."""
-    return ratio(np.nansum(values, 0), (~np.isnan(values)).sum(0))
-
-
-def classification(classes, both, truth, scores):
-    """AUROC, and accuracy at score > 0, of K classes; macro over those in the mask both (K,).
+def classification(truth, scores, classes, averaged):
+    """AUROC, and accuracy at score > 0, of K classes, and the mean over those in `averaged`.
 
     truth, scores: (n, K), NaN where the truth is not known.
     """
@@ -479,10 +486,9 @@ def classification(classes, both, truth, scores):
     for metric, function, guesses in (
             ("AUROC", auroc, scores),
             ("accuracy", accuracy, scores > TIE)):
-        values = np.array([function(*pair) for pair in zip(truth.T, guesses.T, strict=True)])
-        result[f"macro {metric}"] = averages(values[both])
-        for name, value in zip(classes, values, strict=True):
-            result[f"{metric} {name}"] = value
+        values = {name: function(truth[:, k], guesses[:, k]) for k, name in enumerate(classes)}
+        result[f"macro {metric}"] = average([values[name] for name in averaged])
+        result |= {f"{metric} {name}": value for name, value in values.items()}
     return result
 
 
@@ -497,23 +503,23 @@ def precision_recall_f1(truth, predicted):
         "micro precision": both / max(1, said)}
 
 
-def bootstrap(metrics, arrays, patients, resamples=1000, seed=0):
+def bootstrap(metrics, patients, resamples=1000, seed=0):
     """Values of some metrics and their 95 % percentile intervals, resampled by patient.
 
-    metrics: a function of arrays, of n rows each, that returns {name: value}. patients: (n,) ids,
-    drawn with replacement, each with all its rows. Returns {name: {"value": float, "interval":
-    [low, high]}}, NaN where nothing can be said.
+    metrics: a function of row numbers that returns {name: value}. patients: (n,) ids, drawn with
+    replacement, each with all its rows. Returns {name: {"value": float, "interval": [low, high]}},
+    NaN where nothing can be said.
     """
     names, patient = np.unique(patients, return_inverse=True)                  # (p,), (n,)
     rng = np.random.default_rng(seed)
+    rows = np.arange(len(patient))
     draws = []
-    for _ in tqdm(range(resamples), "resamples", leave=False, delay=1, disable=None):
+    for _ in bar(range(resamples), "resamples"):
         drawn = rng.integers(0, len(names), len(names))                        # (p,)
         times = np.bincount(drawn, minlength=len(names))                       # (p,)
-        rows = np.repeat(np.arange(len(patient)), times[patient])
-        draws.append(metrics(*(array[rows] for array in arrays)))
+        draws.append(metrics(np.repeat(rows, times[patient])))
     result = {}
-    for name, value in metrics(*arrays).items():
+    for name, value in metrics(rows).items():
         values = [draw[name] for draw in draws if not np.isnan(draw[name])]
         interval = np.quantile(values or [np.nan], (0.025, 0.975))
         result[name] = {"value": float(value), "interval": interval.tolist()}
@@ -573,6 +579,11 @@ def known_loss(logits, y):
 # ---------------------------------------------------------------- embeddings
 
 
+def bar(items, title):
+    """A progress bar on a terminal, gone when it is done."""
+    return tqdm(items, title, leave=False, disable=None)
+
+
 def unit_rows(rows):
     """A batch of embeddings (B, D) as float32 unit rows on the CPU."""
     rows = torch.as_tensor(rows).float().cpu()
@@ -590,7 +601,7 @@ class Bench:
     Of each row: .reports; .ids; .labels (n, 14), 0 or 1, by rule where the row has none, NaN where
     nothing is known; .truth (n, K) of .classes, what is scored: 1, 0, NaN; .images (n, D),
     embedded. Of some rows: .pairs (row, present class, absent class). .set is the data set's name,
-    .notes what readers of the results must know.
+    .asked the prompts that were used.
     """
 
     model: object
@@ -601,12 +612,11 @@ class Bench:
     seed: int = 0
     prompts: dict = field(default_factory=dict)
     pool: int = 0
-    fraction: tuple = (0.1, 1.0)
 
     def __post_init__(self):
         self.where = f"{self.manifest.path} (split {self.manifest.split})"
-        self.notes = []
         self.embedded = {}
+        self.asked = {}
         if not len(self.manifest):
             raise Unmeasurable(f"{self.where}: no studies; choose another --split, or write "
                                '"split": "train", "val" or "test" into each line')
@@ -620,15 +630,18 @@ class Bench:
         self.scored = []
         labels = []
         official = set()
-        for row in range(len(self.manifest)):
+        for row in bar(range(len(self.manifest)), "studies"):
             record = self.manifest[row]
-            self.ids.append(record["id"])
-            self.reports.append(record.get("report", ""))
-            given = record.get("labels") or label_report(self.reports[row])  # as of CXR-Align
+            report = record.get("report", "")
+            given = record.get("labels") or label_report(report)  # as of CXR-Align
             vector = label_vector(given)  # uncertain is 1, as in CheXbert's F1
-            labels.append(vector if given else np.full_like(vector, np.nan))
+            if not given:
+                vector[:] = np.nan
+            self.ids.append(record["id"])
+            self.reports.append(report)
             self.pairs += [(row, *pair) for pair in record.get("adversarial", [])]
             self.scored.append(truth_of(record))
+            labels.append(vector)
             official.update(record.get("targets", {}))
         self.labels = np.stack(labels)                                         # (n, 14)
         self.set = set_name(self.ids, self.manifest.path)
@@ -647,7 +660,8 @@ class Bench:
 
     def prompts_of(self, name):
         """Positive and negative prompts of a class: those of --prompts, else ours."""
-        return self.prompts.get(name) or prompts(name)
+        self.asked[name] = self.prompts.get(name) or prompts(name)
+        return self.asked[name]
 
     def rng(self, row):
         """Random numbers that depend on the seed and the study, not on the other rows."""
@@ -662,9 +676,9 @@ class Bench:
 
     def read(self, row):
         """One image through the model's transform; UserError with file and line if it cannot be."""
-        at_least = getattr(self.model, "image_size", 10_000) * 5 // 4  # JPEGs as in training
+        side = np.max(getattr(self.model, "image_size", 10_000))
         try:
-            image = read_image(self.manifest.image_path(row), at_least)
+            image = read_image(self.manifest.image_path(row), side * 5 // 4)  # as in training
         except UserError as error:
             reason = str(error).split(": ")[-1]  # without the path, which may name the patient
             raise UserError(f"{self.manifest.where(row)}: {reason}; `python data.py check` lists "
@@ -674,69 +688,46 @@ class Bench:
     @cached_property
     @torch.no_grad()
     def images(self):
-        """Image embeddings (n, D); threads read one batch ahead."""
+        """Image embeddings (n, D)."""
         rows = range(len(self.manifest))
-        size = self.batch_size
         parts = []
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
-            ahead = pool.map(self.read, rows[:size])
-            for start in tqdm(rows[::size], "images", leave=False, delay=1, disable=None):
-                pixels = torch.stack(list(ahead)).to(self.device)              # (B, C, H, W)
-                ahead = pool.map(self.read, rows[start + size:start + 2 * size])
+            for start in bar(rows[::self.batch_size], "images"):
+                batch = pool.map(self.read, rows[start:start + self.batch_size])
+                pixels = torch.stack(list(batch)).to(self.device)              # (B, C, H, W)
                 parts.append(unit_rows(self.model.encode_image(pixels)))
         return torch.cat(parts)
 
     @torch.no_grad()
     def texts(self, texts):
         """Text embeddings (m, D); equal texts are encoded once."""
-        new = sorted(set(texts) - self.embedded.keys(), key=lambda text: (len(text), text))
+        new = sorted(sorted(set(texts) - self.embedded.keys()), key=len)
         starts = range(0, len(new), self.batch_size)  # of like lengths: less padding
-        for start in tqdm(starts, "texts", leave=False, delay=1, disable=None):
+        for start in bar(starts, "texts"):
             batch = new[start:start + self.batch_size]
             rows = unit_rows(self.model.encode_text(batch))
             self.embedded |= zip(batch, rows, strict=True)
         return torch.stack([self.embedded[text] for text in texts])
 
-    def bootstrap(self, rows, metrics, *arrays):
-        """Resampled metrics of arrays that have an entry for each of some rows."""
-        return bootstrap(metrics, arrays, self.manifest.patients[rows], self.resamples, self.seed)
+    def measure(self, rows, metrics, *, cells, chance, unlike="", **more):
+        """A task's result: metrics with intervals, and which of them the paper's table has.
 
-    def means(self, rows, columns):
-        """Resampled means of {name: (n,)}, NaN entries left out."""
-        values = np.stack(list(columns.values()), 1).astype(np.float64)        # (n, k)
-        return self.bootstrap(
-            rows, lambda drawn: dict(zip(columns, averages(drawn), strict=True)), values)
-
-    def classify(self, rows, classes, scores):
-        """Resampled classification by scores (n, K) of some rows."""
-        truth = self.columns(classes)[rows]                                    # (n, K)
-        both = np.isin(classes, with_both_labels(classes, truth))              # (K,)
-        return self.bootstrap(rows, partial(classification, classes, both), truth, scores)
-
-    def result(self, table, metrics, rows, *, cells, chance=None, **more):
-        """What a task returns: its metrics, and cells with all that makes two numbers unlike.
-
-        table: of the paper; cells: {its column: metric}; chance: {metric: value}, 0.5 for AUROCs.
+        metrics: as of bootstrap; cells: {column: metric}; chance: {metric: value}, 0.5 for AUROCs;
+        unlike: what else than set, split and n tells two models' numbers apart.
         """
-        for name, metric in metrics.items():
-            metric["chance"] = 0.5 if "AUROC" in name else (chance or {}).get(name)
-        n = len(rows)
-        suffix = ""
-        if "pool" in more:
-            suffix += f", pool {more['pool']}"
-        if "classes" in more:
-            suffix += f", {len(more['classes'])} classes"
-        if self.manifest.split != "test":
-            suffix += f", {self.manifest.split}"
+        patients = self.manifest.patients[rows]
+        measured = bootstrap(metrics, patients, self.resamples, self.seed)
+        for name, metric in measured.items():
+            metric["chance"] = 0.5 if "AUROC" in name else chance.get(name)
         heads = {}
         for column, metric in cells.items():
-            heads[f"{self.set} {column} (n={more.get(f'n_{metric}', n)}{suffix})"] = metric
+            n = more.get(f"n_{metric}", len(rows))
+            heads[f"{self.set} {self.manifest.split} {column} (n={n}{unlike})"] = metric
         return {
-            "table": table,
             "cells": heads,
-            "metrics": metrics,
-            "n": n,
-            "patients": len(np.unique(self.manifest.patients[rows])),
+            "metrics": measured,
+            "n": len(rows),
+            "patients": len(np.unique(patients)),
             **more}
 
 
@@ -760,125 +751,165 @@ def truth_of(record):
 
 # ---------------------------------------------------------------- pictures
 
+CURVES = {  # numbers of log.jsonl
+    "loss": "loss",
+    "auroc": "zero-shot AUROC of validation rows",
+    "retrieval@5": "retrieval@5 of validation rows",
+    "positives_text": "effective positives by text",
+    "positives_clinical": "effective positives by labels",
+    "positives_graph": "effective positives by graph"}
+
 
 def draw_figures(bench, tasks, run, args):
-    """Write pictures of the split, of what was measured and of a run's log into --figures."""
-    figures = {"images": draw_images(bench), "soft-labels": draw_soft_labels(bench, run)}
-    if (run / "log.jsonl").is_file():
-        figures["curves"] = draw_curves(run / "log.jsonl")
+    """Write the pictures that the model, the tasks and the flags allow into --figures."""
+    from matplotlib.figure import Figure  # which needs no window
+    drawings = {"images": draw_images}
+    if (run / "log.jsonl").is_file():  # a run of ours
+        drawings |= {"curves": draw_curves, "soft-labels": draw_soft_labels}
+        if args.show_reports and bench.manifest.negatives.any():
+            drawings["method"] = draw_method
     if "zero-shot" in tasks:
-        figures["roc"] = draw_roc(bench, tasks["zero-shot"]["metrics"])
-    if "retrieval" in tasks and args.show_reports:
-        figures["retrieval"] = draw_retrieval(bench)
-    for name, figure in figures.items():
-        figure.savefig(Path(args.figures) / f"{name}.png", bbox_inches="tight")
-    print(f"wrote {', '.join(figures)} into {args.figures}")
+        drawings["roc"] = draw_roc
+    if args.show_reports and "retrieval" in tasks:
+        drawings["retrieval"] = draw_retrieval
+    for name, draw in drawings.items():
+        figure = Figure((14, 12), layout="constrained")
+        draw(figure, bench, run)
+        figure.savefig(f"{args.figures}/{name}.png")
+    print(f"wrote {', '.join(drawings)} into {args.figures}")
 
 
-def panels(count, side):
-    """A picture of matplotlib that needs no window, and its panels, side by side."""
-    from matplotlib.figure import Figure
-    figure = Figure((side * count, side), layout="constrained")
-    return figure, figure.subplots(1, count, squeeze=False)[0]
+def draw_images(figure, bench, run):
+    """The first twelve images with their positive classes."""
+    for row, ax in zip(range(len(bench.ids)), figure.subplots(3, 4).flat, strict=False):
+        show_image(ax, bench, row)
 
 
-def show_image(ax, bench, row, title):
-    """The image of a row under some text."""
+def show_image(ax, bench, row):
     ax.imshow(read_image(bench.manifest.image_path(row)), "gray")
+    ax.set_title(findings(bench.scored[row]))
     ax.set_axis_off()
-    ax.set_title(title, loc="left", size=8)
 
 
-def draw_images(bench):
-    """Twelve images, evenly spread over the split, with the names of their positive classes."""
-    from matplotlib.figure import Figure
-    figure = Figure((12, 10), layout="constrained")
-    rows = np.unique(np.linspace(0, len(bench.ids) - 1, 12, dtype=int))
-    for row, ax in zip(rows, figure.subplots(3, 4).flat, strict=False):
-        ax.set_axis_off()
-        show_image(ax, bench, row, caption(bench.scored[row]))
-    return figure
+def findings(labels):
+    """The positive classes of {class: 1, 0 or -1} as a caption."""
+    positive = [name for name, value in labels.items() if value == 1]
+    return textwrap.fill(", ".join(positive) or "none", 34)
 
 
-def caption(labels):
-    """The positive classes of {class: 1, 0 or -1}."""
-    return textwrap.fill(", ".join(name for name, value in labels.items() if value == 1), 40)
-
-
-def draw_roc(bench, metrics):
-    """Zero-shot ROC curves of all classes."""
-    positive, negative = class_scores(bench, bench.classes)
-    order = np.argsort(negative - positive, axis=0)  # the highest score first
-    truth = np.take_along_axis(bench.truth, order, 0)                          # (n, K)
-    true = np.cumsum(truth == 1, 0)                                            # (n, K)
-    false = np.cumsum(truth == 0, 0)                                           # (n, K)
-    figure, (ax,) = panels(1, side=7)
-    for k, name in enumerate(bench.classes):
-        area = metrics[f"AUROC {name}"]["value"]
-        if area is None:
-            continue
-        ax.plot(false[:, k] / false[-1, k], true[:, k] / true[-1, k], linewidth=1 + k // 10,
-                label=f"{name} {area:.3f}")
-    ax.set(title="Zero-shot ROC and AUROC", xlabel="1 - specificity", ylabel="sensitivity")
-    ax.legend()
-    return figure
+def draw_curves(figure, bench, run):
+    """A run's numbers against steps, with a running mean; a step's last record counts."""
+    log = [record | record.get("val", {}) for _, record in read_jsonl(run / "log.jsonl")]
+    for ax, (name, words) in zip(figure.subplots(2, 3).flat, CURVES.items(), strict=True):
+        points = {record["step"]: record[name] for record in log if record.get(name) is not None}
+        ax.set(title=words, xlabel="step")
+        if points:
+            steps, values = np.array(list(points.items())).T
+            window = 1 + len(steps) // 20
+            running = np.convolve(values, np.full(window, 1 / window), "valid")
+            ax.plot(steps, values, ".", alpha=0.3)
+            ax.plot(steps[window - 1:], running)
 
 
 @torch.no_grad()
-def draw_soft_labels(bench, run):
-    """y_hat of t, c and g (Fig. 3) of twelve studies: reports, then their hard negatives."""
-    thresholds = DynamicSoftContrastiveLoss().thresholds
-    flags = {}
-    if (run / "config.json").is_file():
-        flags = read_json(run / "config.json").get("flags", {})
-    count = min(12, len(bench.reports))
-    sides = [bench.manifest[row] for row in range(count)]
-    for study in sides[:count]:
-        sides += study.get("hard_negatives", [])[:1]
-    labels = np.stack([label_vector(side.get("labels", {})) for side in sides])  # (m, 14)
+def draw_soft_labels(figure, bench, run):
+    """y_hat of text, labels and graph (Eq. 4, 5, 9) of the first twelve studies."""
+    flags = read_json(run / "config.json")["flags"]
+    names = [findings(scored) for scored in bench.scored[:12]]
     streams = {
-        "text": bench.texts([side.get("report", "") for side in sides]),       # (m, D)
-        "clinical": F.normalize(torch.from_numpy(labels), dim=1)}
+        "text": bench.texts(bench.reports[:12]),                               # (m, D)
+        "clinical": F.normalize(torch.tensor(bench.labels[:12]).nan_to_num())}  # (m, 14)
     if hasattr(bench.model, "gcn"):
-        graphs = [side.get("graph", {}) for side in sides]
+        graphs = [bench.manifest[row].get("graph", {}) for row in range(len(names))]
         streams["graph"] = bench.model.encode_graph(graphs).cpu()              # (m, D)
-    figure, axes = panels(len(streams), side=4)
+    axes = figure.subplots(1, len(streams), sharex=True, sharey=True)
     for ax, (name, x) in zip(axes, streams.items(), strict=True):
-        tau = flags.get(f"tau_{name}", thresholds[name])  # the run's own
-        y = soft_labels(x @ x.T, tau)                                          # (m, m)
-        ax.imshow(y.sqrt().numpy(), "Greys")  # the root, so that small shares show
-        ax.set(title=f"y_{name[0]}: {name}, tau {tau}",
-               xlabel=f"{count} studies, then their hard negatives, if any")
-    return figure
+        tau = flags[f"tau_{name}"]
+        shares = ax.imshow(soft_labels(x @ x.T, tau), "Greys", vmin=0, vmax=1)  # (m, m)
+        ax.set_title(f"soft labels by {name}, tau {tau}")
+    ax.set(xticks=[], yticks=range(len(names)), yticklabels=names)
+    figure.colorbar(shares, ax=axes, label="share of a row's target; black: all of it")
 
 
-def draw_curves(path):
-    """A run's loss, validation metrics and effective positives against steps."""
-    names = ("loss", "auroc", "retrieval@5", "positives_text", "positives_clinical",
-             "positives_graph")
-    log = [record | record.get("val", {}) for _, record in read_jsonl(path)]
-    figure, axes = panels(len(names), side=3)
-    for ax, name in zip(axes, names, strict=True):
-        points = [(record["step"], record[name]) for record in log if record.get(name) is not None]
-        ax.plot(*zip(*points, strict=True))
-        ax.set(title=name, xlabel="step")
-    return figure
+def draw_roc(figure, bench, run):
+    """Zero-shot ROC curves of the classes with both labels."""
+    classes = with_both_labels(bench.classes, bench.truth)
+    positive, negative = class_scores(bench, classes)                          # (n, K) each
+    columns = zip(classes, bench.columns(classes).T, (positive - negative).T, strict=True)
+    ax = figure.subplots()
+    for name, truth, scores in columns:
+        ordered = truth[np.argsort(-scores)]  # the highest score first
+        true = np.cumsum([0, *(ordered == 1)])                                 # (n + 1,)
+        false = np.cumsum([0, *(ordered == 0)])                                # (n + 1,)
+        ax.plot(false / false[-1], true / true[-1], linewidth=1 + len(ax.lines) // 10,
+                label=f"{name} {auroc(truth, scores):.3f}")
+    ax.plot([0, 1], [0, 1], "k:", label="chance 0.500")
+    ax.set(title="Zero-shot ROC and AUROC", xlabel="1 - specificity", ylabel="sensitivity")
+    ax.legend()
 
 
-def draw_retrieval(bench):
+def draw_retrieval(figure, bench, run):
     """Three images with a finding, their reports and the five that the model ranks first."""
     texts = [text for text in dict.fromkeys(bench.reports) if text]
     embedded = bench.texts(texts)                                              # (m, D)
     abnormal = np.flatnonzero((bench.labels[:, :-1] == 1).any(1))
-    figure, axes = panels(3, side=5)
-    for row, ax in zip(abnormal, axes, strict=False):
+    axes = figure.subplots(3, 2, width_ratios=(1, 3))
+    for row, (left, right) in zip(abnormal, axes, strict=False):
+        show_image(left, bench, row)
         best = (embedded @ bench.images[row]).argsort(descending=True)[:5]
-        lines = [f"its report: {bench.reports[row]}"]
-        for place, j in enumerate(best, 1):
-            its_own = " (its own)" if texts[j] == bench.reports[row] else ""
-            lines.append(f"{place}{its_own}: {texts[j]}")
-        show_image(ax, bench, row, "\n".join(textwrap.fill(line, 66) for line in lines))
-    return figure
+        own = bench.reports[row]
+        right.set_title("0: its own report, green; 1-5: what the model ranks first", loc="left")
+        for place, text in enumerate([own, *(texts[j] for j in best)]):
+            color = "tab:green" if text == own else "black"
+            write(right, place / 6, f"{place}. {text}", 115, 3, color)
+
+
+def write(ax, place, text, width, lines, color="black"):
+    """A text so far below an axes' upper edge, in at most so many lines."""
+    ax.text(0, 1 - place, textwrap.fill(text, width, max_lines=lines), color=color, va="top",
+            size=11)
+    ax.set_axis_off()
+
+
+def draw_method(figure, bench, run):
+    """One study through Fig. 2 and Fig. 3: r, r^r and r^n, their graphs, then the soft labels."""
+    row = np.flatnonzero(bench.manifest.negatives)[0]
+    study = bench.manifest[row]
+    negative = study["hard_negatives"][0]
+    top, bottom = figure.subfigures(2, 1)
+    image, words, graph, negated = top.subplots(1, 4, width_ratios=(2, 3, 3, 3))
+    show_image(image, bench, row)
+    r_r = negative["omitted"]
+    write(words, 0, f"r, with a [finding]: {mark(r_r, study['report'])}", 44, 9)
+    write(words, 1 / 3, f"r^r, without it: {r_r}", 44, 9)
+    write(words, 2 / 3, f"r^n, with its [denial]: {mark(r_r, negative['report'])}", 44, 9)
+    draw_graph(graph, "graph of r (absent: red)", study.get("graph", {}))
+    draw_graph(negated, "graph of r^n", negative.get("graph", {}))
+    draw_soft_labels(bottom, bench, run)
+
+
+def mark(before, text):
+    """A text with the words in [brackets] that `before` lacks."""
+    words = []
+    for word in difflib.ndiff(before.split(), text.split()):
+        if word[0] == "+":
+            words.append(f"[{word[2:]}]")
+        if word[0] == " ":
+            words.append(word[2:])
+    return " ".join(words).replace("] [", " ")
+
+
+def draw_graph(ax, title, record):
+    """A RadGraph record as nodes on a circle and edges, absent observations in red."""
+    phrases, labels, edges = read_radgraph(record)
+    places = np.exp(2j * np.pi * np.arange(len(phrases)) / len(phrases))       # (V,)
+    for edge in edges:
+        ax.plot(places[[*edge]].real, places[[*edge]].imag, "0.7")
+    for place, phrase, label in zip(places, phrases, labels, strict=True):
+        color = "tab:red" if label == "OBS-DA" else "black"
+        ax.text(place.real, place.imag, phrase, ha="center", color=color, backgroundcolor="white")
+    ax.set(title=title, xlim=(-1.5, 1.5), ylim=(-1.2, 1.2))
+    ax.set_axis_off()
 
 
 # ---------------------------------------------------------------- output
@@ -890,54 +921,52 @@ def provenance():
     git = subprocess.getoutput(f"git -C {here} describe --always --dirty 2>/dev/null")
     versions = {"python": platform.python_version()}
     for name in ("torch", "torchvision", "transformers", "numpy", "pillow"):
-        versions[name] = importlib.metadata.version(name)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a peer's environment
+            versions[name] = importlib.metadata.version(name)
     return {"git": git or None, "versions": versions}
 
 
 def print_table(task, results):
     """One task in the paper's layout, in percent: a row for each model that has it, and of chance.
 
-    Of one model alone there are rows for its classes too, where these are at most 15.
+    Of one model alone there are rows for its classes too, where these are at most 15. Chance is
+    the first model's; that of "centred" scores depends on the model a little.
     """
     results = [result for result in results if task in result["tasks"]]
-    entries = [result["tasks"][task] for result in results]
     if not results:
         return
-    columns = {}  # head: the metric of each model, None where it has none
-    for entry in entries:
-        for head in entry["cells"]:
-            columns[head] = [other["metrics"].get(other["cells"].get(head)) for other in entries]
-    print_row(f"{entries[0]['table']}, {task}", columns)
-    print_row("---", ["---"] * len(columns))
-    for k, result in enumerate(results):
-        print_row(result["model"], [cell(metrics[k]) for metrics in columns.values()])
-    print_row("chance", [chance(metrics) for metrics in columns.values()])
-    entry = entries[0]
+    chances = {}  # by column
+    for result in results:
+        entry = result["tasks"][task]
+        for column, metric in entry["cells"].items():
+            chances.setdefault(column, entry["metrics"][metric]["chance"])
+    print_row(task, chances)
+    print_row("---", ["---"] * len(chances))
+    for result in results:
+        entry = result["tasks"][task]
+        names = [entry["cells"].get(column) for column in chances]
+        print_row(result["model"], [cell(entry, name) for name in names])
+    print_row("chance", map(percent, chances.values()))
     classes = entry.get("classes", [])
     if len(results) == 1 and len(classes) <= 15:
         for name in classes:
-            metrics = [entry["metrics"].get(f"{macro.replace('macro ', '')} {name}")
-                       for macro in entry["cells"].values()]
-            if any(metrics):
-                print_row(name, map(cell, metrics))
+            single = [f"{metric} {name}".replace("macro ", "") for metric in names]
+            print_row(name, [cell(entry, metric) for metric in single])
+    meaning = TASKS[task].__doc__.split("\n\n")[0]
+    print(f"\n{' '.join(meaning.split())}\n")
 
 
 def print_row(title, cells):
     print(f"| {title} | {' | '.join(cells)} |")
 
 
-def cell(metric):
+def cell(entry, name):
     """A metric with its interval, as "85.0 [83.1, 86.9]"; "-" where there is none."""
-    if metric is None or metric["value"] is None:
+    metric = entry["metrics"].get(name)
+    if metric is None:
         return "-"
     low, high = map(percent, metric["interval"])
     return f"{percent(metric['value'])} [{low}, {high}]"
-
-
-def chance(metrics):
-    """Chance in the same column of some models: one number, but for "centred"."""
-    chances = {percent(metric["chance"]) for metric in metrics if metric}
-    return " / ".join(sorted(chances))
 
 
 def percent(value):
@@ -951,35 +980,10 @@ def read_result(path):
     return result
 
 
-def make_folder(path):
-    """A folder to write into; UserError if it cannot be made."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: expected a folder to write into ({error.strerror})") from None
-
-
-def write_result(result, args):
-    """Write the result to --out, or into a run folder of ours."""
-    out = args.out
-    if not out and any(Path(args.run).glob("*.pt")):
-        names = [args.task, Path(args.data).stem, args.split]
-        if args.prompts:
-            names.append(args.prompts_name)
-        out = f"{args.run}/results-{'-'.join(names)}.json"
-    if not out:
-        print("not saved; give --out")
-        return
-    done = "replaced" if Path(out).exists() else "wrote"
-    with open_atomic(out) as file:
-        json.dump(result, file, indent=1)
-    print(f"{done} {out}")
-
-
 # ---------------------------------------------------------------- the command line
 
 
-def load_any(path, device):
+def load_any(path):
     """A model from what load_model takes, or from a Python file that defines load().
 
     load() returns an object with encode_image(pixels (B, ...)) and encode_text(list of str), both
@@ -987,11 +991,13 @@ def load_any(path, device):
     mistake inside the Python file keeps its traceback.
     """
     if not path.endswith(".py"):
+        from model import ModelError, load_model  # a peer's environment may lack what it imports
         try:
-            return load_model(path, device)
+            return load_model(path, "cuda" if torch.cuda.is_available() else "cpu")
         except ModelError as error:
             raise UserError(str(error)) from None
     expect(Path(path).is_file(), path, "a Python file that defines load()")
+    sys.path.insert(0, str(Path(path).resolve().parent))  # what lies beside it is importable
     names = runpy.run_path(path)
     expect("load" in names, path, "a function load()")
     return names["load"]()
@@ -1010,9 +1016,7 @@ def parse_args(words):
     add("--task", default="all", choices=(*TASKS, "all"), help="all: whatever X.jsonl allows")
     add("--pool", type=minimum(0), default=0,
         help="normal-case: abnormal reports, 0 for all; paper 2999")
-    add("--fraction", type=minimum(0, float), nargs="+", default=[0.1, 1.0],
-        help="fine-tune: shares of the training patients; the paper's are 0.1 and 1")
-    add("--prompts", metavar="FILE.json", default={}, help="class -> [positive texts, negative "
+    add("--prompts", metavar="FILE.json", help="class -> [positive texts, negative "
         "texts]; classes that are not in it, No Finding too, keep ours")
     add("--compare", nargs="+", help="print the tables of these result files")
     add("--out",
@@ -1020,7 +1024,7 @@ def parse_args(words):
     add("--figures",
         help="draw images, soft labels, ROC, the run's curves there; needs matplotlib")
     add("--show-reports", action="store_true",
-        help="with --figures: what is retrieved for three images too, which shows report text")
+        help="with --figures: retrieval and method too, which show reports")
     add("--batch-size", type=minimum(1), default=64,
         help="items at once; lower it if memory runs out")
     add("--workers", type=minimum(0), default=2,
@@ -1028,32 +1032,28 @@ def parse_args(words):
     add("--seed", type=minimum(0), default=0, help="of resamples, pools, pairs and fractions")
     add("--resamples", type=minimum(1, below=100_001), default=1000,
         help="bootstrap resamples for the intervals")
-    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    add("--device", default=devices[0], choices=devices,
-        help="where the model runs; a .py file chooses itself")
     return parser.parse_args(words)
 
 
 def run_tasks(bench, task, model):
-    """Results by task, printed as soon as measured; of "all" those that the manifest allows."""
+    """Results by task, printed as soon as measured, and why others of "all" were skipped."""
     results = {}
-    skipped = {}
-    chosen = [*TASKS] if task == "all" else [task]
-    for name in chosen:
+    skipped = {}  # reason: tasks
+    for name, function in TASKS.items():
+        if task not in (name, "all"):
+            continue
         try:
-            entry = TASKS[name](bench)
+            entry = function(bench)
         except UserError as error:  # also an unreadable image: the other tasks' numbers stand
             skipped.setdefault(str(error), []).append(name)
             continue
         entry = json.loads(json.dumps(entry), parse_constant=lambda _: None)  # JSON has no NaN
         results[name] = entry
-        print(f"\n{name}: {entry['n']} items of {entry['patients']} patients\n")
         print_table(name, [{"model": model, "tasks": results}])
-    reasons = [f"skipped {', '.join(names)}: {reason}" for reason, names in skipped.items()]
+    notes = [f"skipped {', '.join(names)}: {reason}" for reason, names in skipped.items()]
     if not results:
-        raise Unmeasurable("; ".join(reasons))
-    bench.notes += reasons
-    return results
+        raise Unmeasurable("; ".join(notes))
+    return results, notes
 
 
 def main(argv=None):
@@ -1067,41 +1067,48 @@ def main(argv=None):
             print_table(task, results)
         return
     expect(args.run and args.data, "command line", "RUN and --data X.jsonl, or --compare JSON ...")
-    if args.out:  # asked before any work
-        make_folder(Path(args.out).parent)
-    if args.figures:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise UserError("--figures needs matplotlib: pip install matplotlib")
-        make_folder(args.figures)
     run = Path(args.run).resolve()
     if run.suffix == ".pt":
         run = run.parent
-    name = run.name
+    prompts = {}
+    suffix = ""
     if args.prompts:
-        args.prompts_name = Path(args.prompts).stem
-        name += f", {args.prompts_name}"
-        args.prompts = read_prompts(args.prompts)
+        prompts = read_prompts(args.prompts)
+        suffix = f"-{Path(args.prompts).stem}"
+    out = args.out
+    if not out and any(Path(args.run).glob("*.pt")):  # a run folder of ours
+        out = f"{args.run}/results-{args.task}-{Path(args.data).stem}-{args.split}{suffix}.json"
+    Path(out or ".").parent.mkdir(parents=True, exist_ok=True)  # before any work
+    if args.figures:
+        Path(args.figures).mkdir(parents=True, exist_ok=True)
+        if importlib.util.find_spec("matplotlib") is None:
+            raise UserError("--figures needs matplotlib: pip install matplotlib")
     bench = Bench(
-        load_any(args.run, args.device),
+        load_any(args.run),
         Manifest(args.data, args.split, args.image_root),
         batch_size=args.batch_size,
         workers=args.workers,
         resamples=args.resamples,
         seed=args.seed,
-        prompts=args.prompts,
-        pool=args.pool,
-        fraction=args.fraction)
-    tasks = run_tasks(bench, args.task, name)
-    print()
-    for note in bench.notes:
-        print(f"note: {note}")
+        prompts=prompts,
+        pool=args.pool)
+    model = f"{run.name}{suffix}"
+    tasks, notes = run_tasks(bench, args.task, model)
+    for note in notes:
+        print(note)
     result = vars(args) | provenance() | {
-        "model": name,
+        "model": model,
         "command": shlex.join(["python", "evaluate.py", *words]),
         "set": bench.set,
+        "prompts": bench.asked,
         "tasks": tasks,
-        "notes": bench.notes}
-    write_result(result, args)
+        "notes": notes}
+    if out:
+        with open_atomic(out) as file:
+            json.dump(result, file, indent=1)
+        print(f"wrote {out}")
+    else:
+        print("not saved; give --out")
     if args.figures:
         draw_figures(bench, tasks, run, args)
 
