@@ -16,12 +16,9 @@ SPDX-License-Identifier: MIT
 
 import argparse
 import contextlib
-import copy
-import difflib
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import platform
 import runpy
@@ -58,7 +55,7 @@ from data import (
 )
 from gcn import read_radgraph
 from loss import soft_labels
-from negations import label_report
+from negations import label_report, split_sentences
 
 TIE = 1e-6  # closer cosines are a tie, as float32 cannot tell them apart
 CHUNK = 256  # images compared at once with all texts: 400,000 texts then take 0.4 GB
@@ -143,15 +140,14 @@ def measure_classes(bench, names, scores, cells, **choice):
 def normal_case(bench):
     """Tab. 3 NCD (Sec. 5.5): a normal image's own report ranks before all abnormal ones."""
     # ASSUMPTION: the normal report is the study's own, the abnormal ones all that there are.
-    if "No Finding" not in bench.classes:
-        raise Unmeasurable(f'{bench.where}: normal-case needs "No Finding" in "targets", 0 or 1')
     truth = bench.columns(["No Finding"])[:, 0]                                # (n,)
     rows = [i for i in np.flatnonzero(truth == 1) if bench.reports[i]]
     normal = [bench.reports[i] for i in rows]
     pool = sorted({bench.reports[i] for i in np.flatnonzero(truth == 0)} - {*normal, ""})
     if not normal or len(pool) < max(1, bench.pool):
-        raise Unmeasurable(f"{bench.where}: normal-case needs a normal study and --pool abnormal "
-                           f"reports, found {len(normal)} and {len(pool)}; try --split all")
+        raise Unmeasurable(f'{bench.where}: normal-case needs "No Finding" in "targets", 1 for a '
+                           "normal study and 0 for --pool abnormal ones, and their reports; found "
+                           f"{len(normal)} and {len(pool)}")
     np.random.default_rng(bench.seed).shuffle(pool)
     pool = pool[:bench.pool or None]
     nearer, _ = retrieve(bench.images[rows], bench.texts(normal), bench.texts(pool))
@@ -206,7 +202,6 @@ def retrieval(bench):
     target = [candidates[report] for report in reports]                        # (n,)
     texts = bench.texts(candidates)                                            # (m, D)
     ranks, best = retrieve(bench.images[rows], texts[target], texts)
-    columns = {f"@{k}": ranks <= k for k in (1, 5, 10)}
     study = rows[np.unique(target, return_index=True)[1]]  # the first with each report
     own = bench.labels[rows]                                                   # (n, 14)
     retrieved = bench.labels[study[best]]                                      # (n, 14)
@@ -215,7 +210,8 @@ def retrieval(bench):
     retrieved = known & (retrieved == 1)                                       # (n, 14)
 
     def metrics(drawn):
-        return averages(columns, drawn) | precision_recall_f1(own[drawn], retrieved[drawn])
+        among = {"@5": average(ranks[drawn] <= 5)}
+        return among | precision_recall_f1(own[drawn], retrieved[drawn])
 
     # ASSUMPTION: Tab. 5 does not name its average over labels; the row is micro.
     return bench.measure(
@@ -223,7 +219,7 @@ def retrieval(bench):
         metrics,
         cells={"@5": "@5", "F1": "micro F1", "Recall": "micro recall",
                "Precision": "micro precision"},
-        chance={f"@{k}": min(1, k / len(candidates)) for k in (1, 5, 10)},
+        chance={"@5": min(1, 5 / len(candidates))},
         candidates=len(candidates))
 
 
@@ -239,13 +235,12 @@ def cxr_align(bench):
         raise Unmeasurable(f'{bench.where}: no "hard_negatives"; make them with '
                            "`python negations.py IN.jsonl --out OUT.jsonl`")
     negatives = [bench.manifest[row]["hard_negatives"][0] for row in rows]  # CXR-Align's choice
-    condition = [negative["condition"] for negative in negatives]
     omitted = [negative["omitted"] for negative in negatives]
-    r = bench.texts([bench.reports[i] for i in rows])                          # (n, D)
+    r = bench.texts([bench.reports[row] for row in rows])                      # (n, D)
     r_n = bench.texts([negative["report"] for negative in negatives])          # (n, D)
     r_r = bench.texts(omitted)                                                 # (n, D)
     images = bench.images[rows]                                                # (n, D)
-    others = images_without(bench, rows, condition)                            # (n, D)
+    others = images_without(bench, rows, [negative["condition"] for negative in negatives])
     columns = {
         "A": prefers(images, r, r_n),
         "swapped A": prefers(others, r_n, r),
@@ -396,13 +391,8 @@ PROMPT_NOUNS = {  # a class that is not here is called by its name
 def prompts(name):
     """Our positive and negative prompts of a class, two lists."""
     if name == "No Finding":  # the mirror image: the findings' negatives against their positives
-        present = []
-        absent = []
-        for finding in CONDITIONS[:-1]:
-            positive, negative = prompts(finding)
-            present += positive
-            absent += negative
-        return absent, present
+        positive, negative = zip(*map(prompts, CONDITIONS[:-1]), strict=True)
+        return sum(negative, []), sum(positive, [])
     noun = PROMPT_NOUNS.get(name, name.lower().replace("_", " "))
     positive = [template.format(noun).capitalize() for template in POSITIVE]
     negative = [template.format(noun) for template in NEGATIVE]
@@ -483,12 +473,11 @@ def classification(truth, scores, classes, averaged):
     truth, scores: (n, K), NaN where the truth is not known.
     """
     result = {}
-    for metric, function, guesses in (
-            ("AUROC", auroc, scores),
-            ("accuracy", accuracy, scores > TIE)):
-        values = {name: function(truth[:, k], guesses[:, k]) for k, name in enumerate(classes)}
-        result[f"macro {metric}"] = average([values[name] for name in averaged])
-        result |= {f"{metric} {name}": value for name, value in values.items()}
+    for k, name in enumerate(classes):
+        result[f"AUROC {name}"] = auroc(truth[:, k], scores[:, k])
+        result[f"accuracy {name}"] = accuracy(truth[:, k], scores[:, k] > TIE)
+    for metric in ("AUROC", "accuracy"):
+        result[f"macro {metric}"] = average([result[f"{metric} {name}"] for name in averaged])
     return result
 
 
@@ -545,15 +534,12 @@ def probe_scores(train, val, test, rows, names):
     probe = nn.Linear(x.shape[1], len(names))
     for parameter in probe.parameters():
         nn.init.zeros_(parameter)
-    best = probe
-    lowest = math.inf
+    logits = {}  # by loss on val
     for l2 in L2_GRID:  # each starts from the last solution
         solve(probe, x, y, l2)
         loss = known_loss(probe(x_val), y_val).item()
-        if loss < lowest:
-            best = copy.deepcopy(probe)
-            lowest = loss
-    return best(x_test).detach().double().numpy()
+        logits[loss] = probe(x_test).detach()                                  # (n, K)
+    return logits[min(logits)].double().numpy()
 
 
 def solve(probe, x, y, l2):
@@ -646,17 +632,18 @@ class Bench:
         self.labels = np.stack(labels)                                         # (n, 14)
         self.set = set_name(self.ids, self.manifest.path)
         names = official or {name for truth in self.scored for name in truth}
-        self.classes = [name for name in CONDITIONS if name in names]
-        self.classes += sorted(names - {*CONDITIONS})
+        known = [*CONDITIONS, *sorted(names - {*CONDITIONS})]
+        self.classes = [name for name in known if name in names]
         self.truth = self.columns(self.classes)                                # (n, K)
-        known = [*self.classes, *CONDITIONS]
         for name in self.prompts:
             expect(name in known, f"--prompts, {name}", f"a class out of {', '.join(known)}")
 
     def columns(self, names):
         """Truth of some classes (n, K): 1, 0, NaN for unknown."""
         truth = [[scored.get(name, -1) for name in names] for scored in self.scored]
-        return np.where(np.less(truth, 0), np.nan, truth).astype(np.float32)
+        truth = np.array(truth, np.float32)
+        truth[truth < 0] = np.nan
+        return truth
 
     def prompts_of(self, name):
         """Positive and negative prompts of a class: those of --prompts, else ours."""
@@ -764,14 +751,14 @@ def draw_figures(bench, tasks, run, args):
     """Write the pictures that the model, the tasks and the flags allow into --figures."""
     from matplotlib.figure import Figure  # which needs no window
     drawings = {"images": draw_images}
-    if (run / "log.jsonl").is_file():  # a run of ours
-        drawings |= {"curves": draw_curves, "soft-labels": draw_soft_labels}
-        if args.show_reports and bench.manifest.negatives.any():
-            drawings["method"] = draw_method
     if "zero-shot" in tasks:
         drawings["roc"] = draw_roc
     if args.show_reports and "retrieval" in tasks:
         drawings["retrieval"] = draw_retrieval
+    if (run / "log.jsonl").is_file():  # a run of ours
+        drawings |= {"curves": draw_curves, "soft-labels": draw_soft_labels}
+        if args.show_reports and bench.manifest.negatives.any():
+            drawings["method"] = draw_method
     for name, draw in drawings.items():
         figure = Figure((14, 12), layout="constrained")
         draw(figure, bench, run)
@@ -889,22 +876,21 @@ def draw_method(figure, bench, run):
 
 
 def mark(before, text):
-    """A text with the words in [brackets] that `before` lacks."""
-    words = []
-    for word in difflib.ndiff(before.split(), text.split()):
-        if word[0] == "+":
-            words.append(f"[{word[2:]}]")
-        if word[0] == " ":
-            words.append(word[2:])
-    return " ".join(words).replace("] [", " ")
+    """A text with the sentences in [brackets] that are not in the one before."""
+    sentences = []
+    for sentence in split_sentences(text):
+        if sentence not in before:
+            sentence = f"[{sentence}]"
+        sentences.append(sentence)
+    return " ".join(sentences)
 
 
 def draw_graph(ax, title, record):
     """A RadGraph record as nodes on a circle and edges, absent observations in red."""
     phrases, labels, edges = read_radgraph(record)
     places = np.exp(2j * np.pi * np.arange(len(phrases)) / len(phrases))       # (V,)
-    for edge in edges:
-        ax.plot(places[[*edge]].real, places[[*edge]].imag, "0.7")
+    ends = places[np.array(edges, int).reshape(-1, 2)].T                       # (2, E)
+    ax.plot(ends.real, ends.imag, "0.7")
     for place, phrase, label in zip(places, phrases, labels, strict=True):
         color = "tab:red" if label == "OBS-DA" else "black"
         ax.text(place.real, place.imag, phrase, ha="center", color=color, backgroundcolor="white")
@@ -953,7 +939,7 @@ def print_table(task, results):
             single = [f"{metric} {name}".replace("macro ", "") for metric in names]
             print_row(name, [cell(entry, metric) for metric in single])
     meaning = TASKS[task].__doc__.split("\n\n")[0]
-    print(f"\n{' '.join(meaning.split())}\n")
+    print(f"\n{' '.join(meaning.split())}\n", flush=True)
 
 
 def print_row(title, cells):
@@ -1081,8 +1067,7 @@ def main(argv=None):
     Path(out or ".").parent.mkdir(parents=True, exist_ok=True)  # before any work
     if args.figures:
         Path(args.figures).mkdir(parents=True, exist_ok=True)
-        if importlib.util.find_spec("matplotlib") is None:
-            raise UserError("--figures needs matplotlib: pip install matplotlib")
+        expect(importlib.util.find_spec("matplotlib"), "--figures", "matplotlib to be installed")
     bench = Bench(
         load_any(args.run),
         Manifest(args.data, args.split, args.image_root),

@@ -224,8 +224,7 @@ def test_a_model_that_sees_solves_every_task_and_a_blind_one_none(tmp_path):
     assert value(ev.cxr_align(blind), "swapped A") == 0.5
     result = ev.retrieval(sees)
     assert value(result, "micro F1") == 1 and result["candidates"] < result["n"]
-    result = ev.retrieval(blind)
-    assert value(result, "@10") == 0
+    assert value(ev.retrieval(blind), "@5") == 0
 
 
 def test_equal_reports_are_one_candidate_and_one_encoding(tmp_path):
@@ -432,14 +431,10 @@ def test_normal_case_hides_a_report_among_a_pool_of_abnormal_ones(tmp_path):
     assert list(result["cells"]) == ["toy all NCD ACC (n=8, pool 7)"]
     rows = [study(0, []), study(1, ["Edema"]), study(2, ["Edema"], report=NORMAL_REPORT)]
     assert ev.normal_case(bench(write(tmp_path, rows)))["pool"] == 1  # a normal text is no decoy
-    with pytest.raises(ValueError, match="--pool abnormal reports, found 1 and 1"):
-        ev.normal_case(bench(path, pool=1000))
-    with pytest.raises(ValueError, match="needs a normal study .* found 0 and 2"):
-        ev.normal_case(bench(write(tmp_path, rows[1:])))
-    for row in rows:
-        row["targets"] = {"Edema": 1}
-    with pytest.raises(ValueError, match='normal-case needs "No Finding" in "targets"'):
-        ev.normal_case(bench(write(tmp_path, rows)))
+    for some, options, found in ((rows, {"pool": 1000}, "1 and 1"), (rows[1:], {}, "0 and 2"),
+                                 ([row | {"targets": {"Edema": 1}} for row in rows], {}, "0 and")):
+        with pytest.raises(ValueError, match=f'"No Finding" in "targets", .* found {found}'):
+            ev.normal_case(bench(write(tmp_path, some), **options))
 
 
 def test_cxr_align_reads_the_first_negative_and_leaves_out_empty_remainders(tmp_path):
@@ -730,14 +725,14 @@ def test_figures_are_drawn_and_show_reports_only_when_asked(tmp_path):
         assert pixels.shape[0] > 200 and 0.005 < (pixels.min(2) < 250).mean() < 0.9
 
 
-def test_changed_words_are_marked():
-    assert ev.mark("Clear lungs. No edema.", "Clear small lungs. There is no edema. No edema.") == (
-        "Clear [small] lungs. [There is no edema.] No edema.")
+def test_changed_sentences_are_marked():
+    assert ev.mark("Clear lungs. No edema.", "No edema. There is no mass. Clear lungs.") == (
+        "No edema. [There is no mass.] Clear lungs.")
 
 
 def test_pictures_without_matplotlib_are_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match="--figures needs matplotlib: pip install matplotlib"):
+    with pytest.raises(UserError, match="--figures: expected matplotlib to be installed"):
         ev.main(["no run", "--data", "no file", "--figures", str(tmp_path / "figures")])
 
 
