@@ -104,14 +104,15 @@ def fine_tune(bench):
     if not names:
         raise Unmeasurable(f"{train.where}: fine-tune finds no class with positives and negatives "
                            f'among {len(chosen[0])} rows; give more of them "targets"')
+    sizes = {}
     scores = {}
     cells = {}
     for share, rows in zip(FRACTIONS, chosen, strict=True):
         task = f"FT{100 * share:g}"
+        sizes[str(share)] = len(rows)
         scores[f"{task} "] = probe_scores(train, val, test, rows, names)       # (n, K)
         cells[f"{task} AUC"] = f"{task} macro AUROC"
-    return measure_classes(test, names, scores, cells) | {
-        "train": {str(share): len(rows) for share, rows in zip(FRACTIONS, chosen, strict=True)}}
+    return measure_classes(test, names, scores, cells) | {"train": sizes}
 
 
 def measure_classes(bench, names, scores, cells, **choice):
@@ -141,13 +142,13 @@ def normal_case(bench):
     """Tab. 3 NCD (Sec. 5.5): a normal image's own report ranks before all abnormal ones."""
     # ASSUMPTION: the normal report is the study's own, the abnormal ones all that there are.
     truth = bench.columns(["No Finding"])[:, 0]                                # (n,)
-    rows = [i for i in np.flatnonzero(truth == 1) if bench.reports[i]]
-    normal = [bench.reports[i] for i in rows]
-    pool = sorted({bench.reports[i] for i in np.flatnonzero(truth == 0)} - {*normal, ""})
-    if not normal or len(pool) < max(1, bench.pool):
+    rows = np.flatnonzero((truth == 1) & (bench.reports != ""))
+    normal = bench.reports[rows]
+    pool = sorted({*bench.reports[truth == 0]} - {*normal, ""})
+    if not len(rows) or len(pool) < max(1, bench.pool):
         raise Unmeasurable(f'{bench.where}: normal-case needs "No Finding" in "targets", 1 for a '
                            "normal study and 0 for --pool abnormal ones, and their reports; found "
-                           f"{len(normal)} and {len(pool)}")
+                           f"{len(rows)} and {len(pool)}")
     np.random.default_rng(bench.seed).shuffle(pool)
     pool = pool[:bench.pool or None]
     nearer, _ = retrieve(bench.images[rows], bench.texts(normal), bench.texts(pool))
@@ -194,8 +195,8 @@ def adversarial(bench):
 def retrieval(bench):
     """Tab. 5 (Sec. 5.7): image to report among the distinct reports of the split."""
     # ASSUMPTION: a report that repeats is one candidate, and right for each of its images.
-    rows = np.array([i for i, report in enumerate(bench.reports) if report], int)
-    reports = [bench.reports[i] for i in rows]
+    rows = np.flatnonzero(bench.reports != "")
+    reports = bench.reports[rows]
     candidates = {report: k for k, report in enumerate(dict.fromkeys(reports))}
     if len(candidates) < 2:
         raise Unmeasurable(f'{bench.where}: retrieval needs at least two different "report" texts')
@@ -236,7 +237,7 @@ def cxr_align(bench):
                            "`python negations.py IN.jsonl --out OUT.jsonl`")
     negatives = [bench.manifest[row]["hard_negatives"][0] for row in rows]  # CXR-Align's choice
     omitted = [negative["omitted"] for negative in negatives]
-    r = bench.texts([bench.reports[row] for row in rows])                      # (n, D)
+    r = bench.texts(bench.reports[rows])                                       # (n, D)
     r_n = bench.texts([negative["report"] for negative in negatives])          # (n, D)
     r_r = bench.texts(omitted)                                                 # (n, D)
     images = bench.images[rows]                                                # (n, D)
@@ -610,10 +611,10 @@ class Bench:
         if isinstance(self.model, nn.Module):
             self.model.eval()
             self.device = next(self.model.parameters(), torch.empty(0)).device
-        self.reports = []
         self.ids = []
         self.pairs = []
         self.scored = []
+        reports = []
         labels = []
         official = set()
         for row in bar(range(len(self.manifest)), "studies"):
@@ -624,11 +625,12 @@ class Bench:
             if not given:
                 vector[:] = np.nan
             self.ids.append(record["id"])
-            self.reports.append(report)
+            reports.append(report)
             self.pairs += [(row, *pair) for pair in record.get("adversarial", [])]
             self.scored.append(truth_of(record))
             labels.append(vector)
             official.update(record.get("targets", {}))
+        self.reports = np.array(reports, object)                               # (n,)
         self.labels = np.stack(labels)                                         # (n, 14)
         self.set = set_name(self.ids, self.manifest.path)
         names = official or {name for truth in self.scored for name in truth}
@@ -720,9 +722,10 @@ class Bench:
 
 def set_name(ids, path):
     """SET of ids SET/STUDY, if they are all of one known set; else the file's name."""
-    names = {name.split("/")[0] for name in ids}
-    if len(names) == 1 and names <= BUILDERS.keys():
-        return names.pop()
+    prefixes = {name.split("/")[0] for name in ids}
+    for name in BUILDERS:
+        if prefixes == {name}:
+            return name
     return Path(path).stem  # such ids may name patients
 
 
@@ -837,7 +840,7 @@ def draw_roc(figure, bench, run):
 
 def draw_retrieval(figure, bench, run):
     """Three images with a finding, their reports and the five that the model ranks first."""
-    texts = [text for text in dict.fromkeys(bench.reports) if text]
+    texts = sorted({*bench.reports} - {""})
     embedded = bench.texts(texts)                                              # (m, D)
     abnormal = np.flatnonzero((bench.labels[:, :-1] == 1).any(1))
     axes = figure.subplots(3, 2, width_ratios=(1, 3))
