@@ -186,7 +186,9 @@ def adversarial(bench):
         partial(averages, {"both": both, "centred": centred}),
         # ASSUMPTION: Tab. 4's ACC takes scores as they are; nobody can know if 34.4 was centred.
         cells={"ACC": "both", "centred": "centred"},
-        chance={"both": 0.25, "centred": ratio(dealt[known].sum(), known.sum())},
+        chance={
+            "both": 0.25,
+            "centred": ratio(dealt[known].sum(), known.sum())},
         unlike=f", {len(names)} classes",
         n_centred=int(known.sum()),
         pairs="of ProbMed" if bench.pairs else "drawn by the seed")
@@ -218,8 +220,11 @@ def retrieval(bench):
     return bench.measure(
         rows,
         metrics,
-        cells={"@5": "@5", "F1": "micro F1", "Recall": "micro recall",
-               "Precision": "micro precision"},
+        cells={
+            "@5": "@5",
+            "F1": "micro F1",
+            "Recall": "micro recall",
+            "Precision": "micro precision"},
         chance={"@5": min(1, 5 / len(candidates))},
         candidates=len(candidates))
 
@@ -818,7 +823,7 @@ def draw_soft_labels(figure, bench, run):
         shares = ax.imshow(soft_labels(x @ x.T, tau), "Greys", vmin=0, vmax=1)  # (m, m)
         ax.set_title(f"soft labels by {name}, tau {tau}")
     ax.set(xticks=[], yticks=range(len(names)), yticklabels=names)
-    figure.colorbar(shares, ax=axes, label="share of a row's target; black: all of it")
+    figure.colorbar(shares, ax=axes, shrink=0.5, label="share of a row's target; black: all")
 
 
 def draw_roc(figure, bench, run):
@@ -952,7 +957,7 @@ def print_row(title, cells):
 def cell(entry, name):
     """A metric with its interval, as "85.0 [83.1, 86.9]"; "-" where there is none."""
     metric = entry["metrics"].get(name)
-    if metric is None:
+    if metric is None or metric["value"] is None:
         return "-"
     low, high = map(percent, metric["interval"])
     return f"{percent(metric['value'])} [{low}, {high}]"
@@ -992,7 +997,7 @@ def load_any(path):
     return names["load"]()
 
 
-def parse_args(words):
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      description=__doc__.split("\n\n")[0])
     add = parser.add_argument
@@ -1010,8 +1015,8 @@ def parse_args(words):
     add("--compare", nargs="+", help="print the tables of these result files")
     add("--out",
         help="result file; None: results-TASK-MANIFEST-SPLIT(-PROMPTS).json in a run folder RUN")
-    add("--figures",
-        help="draw images, soft labels, ROC, the run's curves there; needs matplotlib")
+    add("--figures", metavar="DIR",
+        help="draw images, ROC, a run's curves and soft labels there; needs matplotlib")
     add("--show-reports", action="store_true",
         help="with --figures: retrieval and method too, which show reports")
     add("--batch-size", type=minimum(1), default=64,
@@ -1021,7 +1026,7 @@ def parse_args(words):
     add("--seed", type=minimum(0), default=0, help="of resamples, pools, pairs and fractions")
     add("--resamples", type=minimum(1, below=100_001), default=1000,
         help="bootstrap resamples for the intervals")
-    return parser.parse_args(words)
+    return parser.parse_args(argv)
 
 
 def run_tasks(bench, task, model):
@@ -1048,8 +1053,7 @@ def run_tasks(bench, task, model):
 def main(argv=None):
     if int(os.environ.get("RANK", 0)) > 0:  # under torchrun rank 0 evaluates alone
         return
-    words = sys.argv[1:] if argv is None else list(argv)
-    args = parse_args(words)
+    args = parse_args(argv)
     if args.compare:
         results = [read_result(path) for path in args.compare]
         for task in TASKS:
@@ -1086,7 +1090,7 @@ def main(argv=None):
         print(note)
     result = vars(args) | provenance() | {
         "model": model,
-        "command": shlex.join(["python", "evaluate.py", *words]),
+        "command": shlex.join(["python", "evaluate.py", *(argv or sys.argv[1:])]),
         "set": bench.set,
         "prompts": bench.asked,
         "tasks": tasks,
