@@ -3,6 +3,7 @@
 SPDX-License-Identifier: MIT
 """
 
+import io
 import json
 import subprocess
 import sys
@@ -148,7 +149,7 @@ def test_metrics_match_scikit_learn_with_its_order_of_arguments():
         pytest.approx(theirs))
 
 
-def test_retrieval_ranks_ties_before_ones_own_text_and_works_in_chunks(monkeypatch):
+def test_retrieval_ranks_ties_before_ones_own_text(monkeypatch):
     texts = torch.eye(3)
     images = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [0, 0.2, 0.9]])
     ranks, nearest = ev.retrieve(images, texts[[0, 1, 1]], texts)
@@ -680,6 +681,21 @@ def test_pictures_without_matplotlib_are_refused_before_any_work(tmp_path, monke
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="--figures: expected matplotlib to be installed"):
         ev.main(["no run", "--data", "no file", "--figures", str(tmp_path / "figures")])
+
+
+def test_bars_are_there_from_the_first_study_and_tables_as_soon_as_measured(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(sys, "stdout", screen)
+    ev.run_tasks(bench(toy(tmp_path)), "all", "seer")
+    seen = screen.getvalue()
+    places = [seen.index(text) for text in (
+        "studies:   0%", "images:   0%", "resamples:   0%", "| zero-shot |", "| retrieval |")]
+    assert places == sorted(places) and seen.rindex("texts:") > places[3]
 
 
 def test_validate_gives_numbers_or_none(tmp_path):
