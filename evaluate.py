@@ -119,7 +119,7 @@ def measure_classes(bench, names, scores, cells, **choice):
     """The result of scores {prefix of metrics: (n, K)} of some classes, and of a choice (n,)."""
     truth = bench.columns(names)                                               # (n, K)
     both = with_both_labels(names, truth)
-    known = with_truth(truth)
+    known = np.flatnonzero(~np.isnan(truth).all(1))  # rows with a known class
 
     def metrics(drawn):
         rows = known[drawn]
@@ -288,11 +288,6 @@ def validate(model, manifest, batch_size=64, workers=0):
 def with_both_labels(classes, truth):
     """Those of K classes that truth (n, K) has positives and negatives of."""
     return [name for k, name in enumerate(classes) if {0, 1} <= set(truth[:, k])]
-
-
-def with_truth(truth):
-    """Rows of truth (n, K) that something is known of."""
-    return np.flatnonzero(~np.isnan(truth).all(1))
 
 
 def rows_of_share(patients, share, seed):
