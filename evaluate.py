@@ -81,17 +81,18 @@ def zero_shot(bench):
     classes also as one choice.
     """
     classes = bench.classes
-    if not with_both_labels(classes, bench.truth):
+    both = with_both_labels(classes, bench.truth)
+    if not both:
         raise Unmeasurable(f"{bench.where}: no class has both positive and negative images; give "
                            '"targets" of 0 and 1, or label the reports with `python negations.py`')
     positive, negative = class_scores(bench, classes)                          # (n, K) each
     # ASSUMPTION: Tab. 2's accuracy is the mean over classes, and five-way for CheXpert 5x200.
-    cells = {"ZS AUC": "macro AUROC"}
+    cells = {f"ZS AUC, {len(both)} classes": "macro AUROC"}
     choice = {}
     if bench.set in ACCURACY_SETS:
-        cells = {"ZS ACC": "macro accuracy"}
+        cells = {f"ZS ACC, {len(both)} classes": "macro accuracy"}
     if bench.set == "chexpert5x200":
-        cells = {"ZS ACC": "5-way accuracy"}
+        cells = {"ZS ACC, one of 5 classes": "5-way accuracy"}
         choice = {"5-way accuracy": bench.truth[range(len(bench.truth)), positive.argmax(1)]}
     return measure_classes(bench, classes, {"": positive - negative}, cells, **choice)
 
@@ -111,7 +112,7 @@ def fine_tune(bench):
         task = f"FT{100 * share:g}"
         sizes[str(share)] = len(rows)
         scores[f"{task} "] = probe_scores(train, val, test, rows, names)       # (n, K)
-        cells[f"{task} AUC"] = f"{task} macro AUROC"
+        cells[f"{task} AUC, {len(names)} classes"] = f"{task} macro AUROC"
     return measure_classes(test, names, scores, cells) | {"train": sizes}
 
 
@@ -134,7 +135,6 @@ def measure_classes(bench, names, scores, cells, **choice):
         metrics,
         cells=cells,
         chance={"5-way accuracy": 0.2},
-        unlike=f", {len(both)} classes",
         classes=names)
 
 
@@ -155,9 +155,8 @@ def normal_case(bench):
     return bench.measure(
         rows,
         partial(averages, {"accuracy": nearer == 0}),
-        cells={"NCD ACC": "accuracy"},
+        cells={f"NCD ACC, pool {len(pool)}": "accuracy"},
         chance={"accuracy": 1 / (len(pool) + 1)},
-        unlike=f", pool {len(pool)}",
         pool=len(pool))
 
 
@@ -185,11 +184,12 @@ def adversarial(bench):
         rows,
         partial(averages, {"both": both, "centred": centred}),
         # ASSUMPTION: Tab. 4's ACC takes scores as they are; nobody can know if 34.4 was centred.
-        cells={"ACC": "both", "centred": "centred"},
+        cells={
+            f"ACC, {len(names)} classes": "both",
+            f"centred, {len(names)} classes": "centred"},
         chance={
             "both": 0.25,
             "centred": ratio(dealt[known].sum(), known.sum())},
-        unlike=f", {len(names)} classes",
         n_centred=int(known.sum()),
         pairs="of ProbMed" if bench.pairs else "drawn by the seed")
 
@@ -213,8 +213,9 @@ def retrieval(bench):
     retrieved = known & (retrieved == 1)                                       # (n, 14)
 
     def metrics(drawn):
-        among = {"@5": average(ranks[drawn] <= 5)}
-        return among | precision_recall_f1(own[drawn], retrieved[drawn])
+        result = precision_recall_f1(own[drawn], retrieved[drawn])
+        result["@5"] = average(ranks[drawn] <= 5)
+        return result
 
     # ASSUMPTION: Tab. 5 does not name its average over labels; the row is micro.
     return bench.measure(
@@ -419,14 +420,10 @@ def class_scores(bench, classes):
     """
     scores = []
     for side in (0, 1):
-        ensembles = []
-        for name in classes:
-            # ASSUMPTION: an ensemble is the mean of its normalised embeddings, normalised again.
-            texts = bench.prompts_of(name)[side]
-            mean = bench.texts(texts).mean(0)                                  # (D,)
-            ensembles.append(F.normalize(mean, dim=0))
-        cosines = bench.images @ torch.stack(ensembles).T                      # (n, K)
-        scores.append(cosines.double().numpy())
+        # ASSUMPTION: an ensemble is the mean of its normalised embeddings, normalised again.
+        means = [bench.texts(bench.prompts_of(name)[side]).mean(0) for name in classes]
+        ensembles = F.normalize(torch.stack(means), dim=1)                     # (K, D)
+        scores.append((bench.images @ ensembles.T).double().numpy())           # (n, K)
     return scores
 
 
@@ -634,7 +631,8 @@ class Bench:
         self.labels = np.stack(labels)                                         # (n, 14)
         self.set = set_name(self.ids, self.manifest.path)
         names = official or {name for truth in self.scored for name in truth}
-        known = [*CONDITIONS, *sorted(names - {*CONDITIONS})]
+        others = sorted(names - {*CONDITIONS})
+        known = [*CONDITIONS, *others]
         self.classes = [name for name in known if name in names]
         self.truth = self.columns(self.classes)                                # (n, K)
         for name in self.prompts:
@@ -698,11 +696,11 @@ class Bench:
             self.embedded |= zip(batch, rows, strict=True)
         return torch.stack([self.embedded[text] for text in texts])
 
-    def measure(self, rows, metrics, *, cells, chance, unlike="", **more):
+    def measure(self, rows, metrics, *, cells, chance, **more):
         """A task's result: metrics with intervals, and which of them the paper's table has.
 
-        metrics: as of bootstrap; cells: {column: metric}; chance: {metric: value}, 0.5 for AUROCs;
-        unlike: what else than set, split and n tells two models' numbers apart.
+        metrics: as of bootstrap; cells: {column: metric}, where set, split and n are added, so that
+        nothing is compared with its unlike; chance: {metric: value}, 0.5 for AUROCs.
         """
         patients = self.manifest.patients[rows]
         measured = bootstrap(metrics, patients, self.resamples, self.seed)
@@ -711,7 +709,7 @@ class Bench:
         heads = {}
         for column, metric in cells.items():
             n = more.get(f"n_{metric}", len(rows))
-            heads[f"{self.set} {self.manifest.split} {column} (n={n}{unlike})"] = metric
+            heads[f"{self.set} {self.manifest.split} {column} (n={n})"] = metric
         return {
             "cells": heads,
             "metrics": measured,
@@ -825,9 +823,10 @@ def draw_roc(figure, bench, run):
     """Zero-shot ROC curves of the classes with both labels."""
     classes = with_both_labels(bench.classes, bench.truth)
     positive, negative = class_scores(bench, classes)                          # (n, K) each
-    columns = zip(classes, bench.columns(classes).T, (positive - negative).T, strict=True)
+    truths = bench.columns(classes).T                                          # (K, n)
+    columns = (positive - negative).T                                          # (K, n)
     ax = figure.subplots()
-    for name, truth, scores in columns:
+    for name, truth, scores in zip(classes, truths, columns, strict=True):
         ordered = truth[np.argsort(-scores)]  # the highest score first
         true = np.cumsum([0, *(ordered == 1)])                                 # (n + 1,)
         false = np.cumsum([0, *(ordered == 0)])                                # (n + 1,)
@@ -856,8 +855,8 @@ def draw_retrieval(figure, bench, run):
 
 def write(ax, place, text, width, lines, color="black"):
     """A text so far below an axes' upper edge, in at most so many lines."""
-    ax.text(0, 1 - place, textwrap.fill(text, width, max_lines=lines), color=color, va="top",
-            size=11)
+    filled = textwrap.fill(text, width, max_lines=lines)
+    ax.text(0, 1 - place, filled, color=color, va="top", size=11)
     ax.set_axis_off()
 
 

@@ -313,7 +313,7 @@ def test_a_class_with_one_label_is_nan_and_out_of_the_mean(tmp_path):
     rows = [study(i, ["Edema"] * (i % 2)) for i in range(8)]
     result = ev.zero_shot(bench(write(tmp_path, rows)))
     assert np.isnan(value(result, "AUROC Cardiomegaly")) and value(result, "macro AUROC") == 1
-    assert list(result["cells"]) == ["toy all ZS AUC (n=8, 2 classes)"]  # Edema, No Finding
+    assert list(result["cells"]) == ["toy all ZS AUC, 2 classes (n=8)"]  # Edema, No Finding
     with pytest.raises(ValueError, match="no class has both positive and negative"):
         ev.zero_shot(bench(write(tmp_path, rows[1::2])))
 
@@ -332,7 +332,8 @@ def test_five_exclusive_classes_are_scored_as_one_choice(tmp_path):
 
     result = ev.zero_shot(bench(write(tmp_path, rows), Chooser()))
     assert value(result, "5-way accuracy") == pytest.approx(0.2)
-    assert result["cells"] == {"chexpert5x200 all ZS ACC (n=20, 5 classes)": "5-way accuracy"}
+    head = "chexpert5x200 all ZS ACC, one of 5 classes (n=20)"
+    assert result["cells"] == {head: "5-way accuracy"}
 
 
 def test_every_class_name_gets_both_prompts():
@@ -456,7 +457,7 @@ def test_normal_case_hides_a_report_among_a_pool_of_abnormal_ones(tmp_path):
     path = toy(tmp_path)
     result = ev.normal_case(bench(path, pool=7))
     assert result["pool"] == 7 and result["metrics"]["accuracy"]["chance"] == 1 / 8
-    assert list(result["cells"]) == ["toy all NCD ACC (n=8, pool 7)"]
+    assert list(result["cells"]) == ["toy all NCD ACC, pool 7 (n=8)"]
     rows = [study(0, []), study(1, ["Edema"]), study(2, ["Edema"], report=NORMAL_REPORT)]
     assert ev.normal_case(bench(write(tmp_path, rows)))["pool"] == 1  # a normal text is no decoy
     for some, options, found in ((rows, {"pool": 1000}, "1 and 1"), (rows[1:], {}, "0 and 2"),
@@ -501,8 +502,8 @@ def test_a_linear_probe_learns_what_the_embedding_holds(tmp_path, monkeypatch):
     assert result["train"]["0.2"] < result["train"]["1.0"]
     blind = ev.fine_tune(bench(path, Blind(), split="test"))
     assert value(blind, "FT100 macro AUROC") == 0.5  # the negative control
-    assert list(blind["cells"]) == ["toy test FT20 AUC (n=40, 3 classes)",
-                                    "toy test FT100 AUC (n=40, 3 classes)"]
+    assert list(blind["cells"]) == ["toy test FT20 AUC, 3 classes (n=40)",
+                                    "toy test FT100 AUC, 3 classes (n=40)"]
 
 
 def test_fractions_of_patients_are_nested():
