@@ -203,20 +203,13 @@ def test_equation_4_by_hand():
     expected = torch.tensor([[2 / 3, 1 / 3, 0], [1 / 3, 2 / 3, 0], [0, 0, 1.0]])
     assert torch.allclose(soft_labels(s, 0.8), expected, atol=1e-6)
     assert torch.allclose(soft_labels(s, 0.0).sum(1), torch.ones(3))
-
-
-def test_soft_labels_keep_the_diagonal_for_rows_without_labels_and_take_no_gradient():
-    c = torch.zeros(3, 14, requires_grad=True)
+    some = soft_labels(s[1:], 0.8, torch.tensor([1, 2]))  # rows of the whole
+    assert torch.equal(some, soft_labels(s, 0.8)[1:])
+    c = torch.zeros(3, 14, requires_grad=True)  # rows without labels keep their diagonal
     y = soft_labels(c @ c.T, 0.5)
     assert torch.equal(y, torch.eye(3)) and not y.requires_grad
     with pytest.raises(ValueError, match=r"threshold: expected a number in \[0, 1\), got 1.0"):
         soft_labels(torch.eye(3), 1.0)
-
-
-def test_soft_labels_of_some_rows_are_those_rows_of_the_whole():
-    x = unit(6, 4, torch.Generator().manual_seed(0))
-    whole = soft_labels(x @ x.T, 0.1)
-    assert torch.equal(soft_labels((x @ x.T)[2:4], 0.1, torch.tensor([2, 3])), whole[2:4])
 
 
 def test_terms_add_up_to_the_loss_and_positives_are_effective_numbers():
@@ -232,7 +225,7 @@ def test_terms_add_up_to_the_loss_and_positives_are_effective_numbers():
     assert not any(v.requires_grad for k, v in out.items() if k != "loss")
 
 
-@pytest.mark.parametrize("row_chunk", [1, 3, 7, 16, 32, 100])
+@pytest.mark.parametrize("row_chunk", [1, 7, 16, 100])
 @pytest.mark.parametrize("negatives,graphs", BOTH)
 def test_row_chunk_changes_neither_values_nor_gradients(row_chunk, negatives, graphs):
     batch = make_batch(16, negatives, graphs)
@@ -278,7 +271,7 @@ def test_identical_and_opposite_unit_rows_never_give_nan(criterion):
         x.requires_grad_()
         out = criterion(x, x, torch.zeros(4, 14), 100.0, hard_text=-x,
                         hard_labels=torch.ones(4, 14), graph=x, hard_graph=x)
-        assert math.isfinite(out["loss"])
+        assert out["loss"].isfinite()
         assert torch.autograd.grad(out["loss"], x)[0].isfinite().all()
 
 
@@ -296,8 +289,10 @@ def test_rows_that_overflow_give_a_loss_that_is_not_finite_and_no_error(name, va
     rows = {k: torch.randn(4, 8) for k in ("image", "text", "graph")}
     rows[name][2] = value  # 1e30 is finite, its length is not: F.normalize makes zeros of it
     rows = {k: F.normalize(x, dim=1) for k, x in rows.items()}
-    out = DynamicSoftContrastiveLoss(soft=soft)(**rows, labels=torch.zeros(4, 14), logit_scale=10.0)
-    assert not out["loss"].isfinite()
+    criterion = DynamicSoftContrastiveLoss(soft=soft)
+    assert not criterion(**rows, labels=torch.zeros(4, 14), logit_scale=10.0)["loss"].isfinite()
+    rows["image"][1] = float("inf")
+    assert not criterion(**rows, labels=torch.zeros(4, 14), logit_scale=10.0)["loss"].isfinite()
 
 
 def test_softclip_targets_are_the_softmax_of_text_similarities():
@@ -338,7 +333,7 @@ def test_the_sigmoid_loss_of_any_weight_and_threshold_equals_the_double_loop(cha
     batch, scalars = make_batch(7, seed=1), scale_and_bias(bias=0.5)
     out, _ = value_and_gradients(SigmoidSoftContrastiveLoss(**SETTINGS | change), batch, *scalars)
     expected = literal_sigmoid_loss(batch, *scalars, **SETTINGS | change)
-    assert out["loss"].item() == pytest.approx(float(expected), rel=1e-10, abs=1e-12)
+    assert out["loss"].item() == pytest.approx(expected.item(), rel=1e-10, abs=1e-12)
 
 
 def test_the_sigmoid_loss_without_soft_labels_is_siglip():
@@ -369,26 +364,6 @@ def test_sigmoid_positives_are_sums_of_rows_and_terms_add_up():
     assert float(out["positives_text"]) == pytest.approx(32)
     hard, _ = value_and_gradients(SigmoidSoftContrastiveLoss(soft=False), batch, *scale_and_bias())
     assert {float(hard[k]) for k in streams} == {1.0}
-
-
-def costs(bias):
-    """What a pure positive and a pure negative of cosine 0 cost."""
-    criterion = SigmoidSoftContrastiveLoss(soft=False)
-    one, two = (criterion(x.roll(2, 1), x, x, 10.0, bias)["loss"].item()
-                for x in (torch.eye(1, 4), torch.eye(2, 4)))
-    return one, two - one  # 1 positive; 2 positives and 2 negatives over 2 rows
-
-
-def test_at_the_initial_bias_a_negative_is_cheap_and_a_positive_is_not():
-    labels = torch.eye(128)
-    labels[:45] = labels[0]  # as in OpenI, a third is normal and alike, the others differ
-    rows = F.normalize(torch.randn(128, 64, generator=torch.Generator().manual_seed(0)), dim=1)
-    bias = SigmoidSoftContrastiveLoss(w_text=0.0).initial_bias(rows, labels)
-    assert bias == pytest.approx(-1.9, abs=0.1)
-    positive, negative = costs(bias)
-    assert negative < 0.2 and positive > 1.5
-    positive, negative = costs(-bias)  # the wrong sign: noticed
-    assert negative > 1.5 and positive < 0.2
 
 
 def test_the_initial_bias_is_the_logit_of_the_mean_target_within_bounds():
