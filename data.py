@@ -163,7 +163,7 @@ def parse_line(where, line):
         record = json.loads(line.decode("utf-8-sig"))
         if b"\\ud" in line.lower():  # an escaped half of a pair cannot be written or tokenised
             json.dumps(record, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):  # whose message may show the report
+    except ValueError:  # whose message may show the report
         record = None
     whole = isinstance(record, dict) and b"\\u0000" not in line
     expect(whole, where, "one JSON object in UTF-8, without null characters")
@@ -182,7 +182,7 @@ def read_json(path, kind=object):
     with open_file(path) as file:
         try:
             document = json.load(file)
-        except (ValueError, RecursionError):
+        except ValueError:
             raise UserError(f"{path}:1: expected one JSON document in UTF-8") from None
     expect(isinstance(document, kind), path, f"a JSON document of kind {kind.__name__}")
     return document
@@ -361,10 +361,9 @@ def load_columns(path, file):
     names = list(summary({"id": ""}, 0, 0, 0))
     stamp = [status.st_size, status.st_mtime_ns, patient_hash([CONDITIONS, TRAINED, names])]
     columns = {}
-    if os.path.isfile(sidecar):  # opening a pipe would wait for a writer
-        # Damaged bytes are zipfile's and numpy's errors, of many kinds; each array has a checksum.
-        with contextlib.suppress(Exception), np.load(sidecar) as saved:
-            columns = dict(saved)
+    # Damaged bytes are zipfile's and numpy's errors, of many kinds; each array has a checksum.
+    with contextlib.suppress(Exception), np.load(sidecar) as saved:
+        columns = dict(saved)
     if list(columns.pop("stamp", [])) == stamp and list(columns) == names:
         return columns
     rows = []
@@ -460,9 +459,9 @@ def to_grey(values):
 
 def pixels(image, size, rng=None):
     """PIL image -> (1, S, S) uint8: all of it, or with rng a random crop, resized in one step."""
-    width, height = image.size
-    box = (0, 0, width, height)
+    box = None
     if rng is not None:
+        width, height = image.size
         # ASSUMPTION: crops keep 80-100 % of the area and 10 % of the aspect; sides are not flipped.
         u = rng.random(4).tolist()  # in [0, 1)
         area = 0.8 + 0.2 * u[0]
@@ -918,11 +917,9 @@ def build_chexpert5x200(official):
 
 def build_rsna(official):
     """RSNA pneumonia: stage 2 labels, GLoRIA's split"""
-    positive = {}
-    for where, row in official.table("stage_2_train_labels.csv", "patientId", "Target"):
-        name = row["patientId"]
-        positive[name] = positive.get(name, False) or label(where, row["Target"]) == 1
-    yield from glorias_studies(official, "stage_2_train_images", "Pneumonia", positive)
+    table = official.table("stage_2_train_labels.csv", "patientId", "Target")
+    marks = [(row["patientId"], label(where, row["Target"])) for where, row in table]
+    yield from glorias_studies(official, "stage_2_train_images", "Pneumonia", marks)
 
 
 def build_rsna_ab(official):
@@ -938,21 +935,24 @@ def build_rsna_ab(official):
 
 def build_siim(official):
     """SIIM pneumothorax: masks to labels, one line an image, GLoRIA's shares"""
-    positive = {}
     table = "train-rle.csv|stage_2_train.csv|*train-rle.csv"
-    for _, row in official.table(table, "ImageId", "EncodedPixels"):
-        name = row["ImageId"]
-        positive[name] = positive.get(name, False) or row["EncodedPixels"] not in ("", "-1")
+    marks = []
+    for where, row in official.table(table, "ImageId", "EncodedPixels"):
+        runs = row["EncodedPixels"]
+        expect(re.fullmatch(r"-1|(\d+ \d+ ?)*", runs), where, "EncodedPixels of -1, blank or runs")
+        marks.append((row["ImageId"], int(runs not in ("", "-1"))))
     # DIFFERS from Sec. 5.1: SIIM is split by image, not by row, so that none leaks into test.
-    yield from glorias_studies(official, "dicom-images-train", "Pneumothorax", positive)
+    yield from glorias_studies(official, "dicom-images-train", "Pneumothorax", marks)
 
 
-def glorias_studies(official, folder, target, positive):
-    """A study for each image, of one target that is positive or not, in GLoRIA's split."""
-    splits = glorias_split(sorted(positive))
-    for name in sorted(positive):
+def glorias_studies(official, folder, target, marks):
+    """A study for each image, of one target, 1 if any of its rows says so; GLoRIA's split."""
+    positives = {name for name, mark in marks if mark == 1}
+    names = sorted({name for name, _ in marks})
+    splits = glorias_split(names)
+    for name in names:
         yield study(name, official.image(f"{folder}/{name}.dcm"), name, splits[name],
-                    targets={target: int(positive[name])})
+                    targets={target: int(name in positives)})
 
 
 def build_vindr(official):
@@ -995,10 +995,8 @@ CXR14 = lines("""
 
 def build_cxr14(official, probmed=""):
     """ChestX-ray14: Data_Entry_2017 with the official lists, else split by patient"""
-    pairs = {}
+    pairs = probmed_pairs(probmed) if probmed else {}
     lists = {}
-    if probmed:
-        pairs = probmed_pairs(probmed)
     for part in ("train_val", "test"):
         path = official.file(f"{part}_list.txt", required=False)
         if path:
@@ -1255,9 +1253,8 @@ def build_phantom(official, studies=3000, size=64, seed=0, normal_fraction=0.45,
     studies: normal_fraction of them have one of Tab. 1's templates at that table's frequencies;
     duplicates: more normal training studies with one identical sentence (Tab. 3); size in pixels.
     """
-    lowest = min(studies - 1, seed, duplicates, size - 32, normal_fraction, 1 - normal_fraction)
-    expect(lowest >= 0, "phantom", "at least 1 study and 32 pixels, a normal fraction of 0 to 1, "
-           "nothing below 0")
+    for name in CONDITIONS[:-1]:
+        expect(name in PHRASES.keys() & DRAWINGS, __file__, f"rows for {name} in PHRASES, DRAWINGS")
     (official.root / "images").mkdir(parents=True, exist_ok=True)
     share = np.array(list(NORMALS.values())) / sum(NORMALS.values())
     for i in range(studies + duplicates):
@@ -1538,10 +1535,10 @@ def cache(path, out, size=256, workers=CPUS, image_root=""):
 def shrink(job):
     """Writes the smaller copy of an image, unless it is there -> its path and, if not, why."""
     image, folder, size = job
-    key = [str(image), size]
-    if image.exists():  # so that the copy of a changed image has another name
-        key.append(image.stat().st_mtime_ns)
-    copy = folder / f"{hashlib.sha256(str(key).encode()).hexdigest()[:24]}.jpg"
+    if not image.is_file():
+        return image, "expected a regular file"
+    key = str([str(image), size, image.stat().st_mtime_ns])  # a changed image has another name
+    copy = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.jpg"
     if copy.exists():
         return copy, None
     try:
@@ -1597,8 +1594,11 @@ def parse_args(argv=None):
             add("--keep-missing", action="store_true", help="keep studies whose image is not there")
         for flag, parameter in inspect.signature(run).parameters.items():
             if flag in FLAGS:
-                add(f"--{flag.replace('_', '-')}", type=type(parameter.default),
-                    default=parameter.default, help=FLAGS[flag])
+                kind = type(parameter.default)
+                if kind in (int, float):
+                    kind = minimum(0, kind)
+                add(f"--{flag.replace('_', '-')}", type=kind, default=parameter.default,
+                    help=FLAGS[flag])
     return parser.parse_args(argv)
 
 
