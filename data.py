@@ -8,22 +8,28 @@ To add a data set, write its builder: a generator that yields a `study(...)` for
 few words that say why it leaves one out. Then name it in BUILDERS, above the flags. PadChest's
 could be:
 
+    import ast
+
     def build_padchest(official):
-        "PadChest: its table and unpacked images; frontal views"
+        "PadChest: its table and unpacked images; frontal views. Reports are Spanish"
         columns = "ImageID", "StudyID", "PatientID", "Projection", "Report", "Labels"
         for where, row in official.table("PADCHEST_*.csv", *columns):  # or .csv.gz
-            if row["Projection"] not in ("PA", "AP"):
-                yield "view not PA or AP"
-                continue
-            expect(row["Labels"].startswith("["), where, "Labels as a list")  # FILE:LINE
-            targets = {name: int(name.lower() in row["Labels"]) for name in ("Mass", "Pneumonia")}
-            yield study(row["StudyID"], official.image(row["ImageID"]), row["PatientID"],
-                        split_of(row["PatientID"]), report=row["Report"], targets=targets)
+            if row["Projection"] not in ("PA", "AP", "AP_horizontal"):
+                yield "view not frontal"
+            elif not row["Labels"] or not row["Report"]:
+                yield "no labels or no report"
+            else:
+                expect(row["Labels"].startswith("["), where, "Labels as a list")  # FILE:LINE
+                found = [name.strip() for name in ast.literal_eval(row["Labels"])]
+                targets = {"Mass": int("mass" in found), "No Finding": int("normal" in found)}
+                yield study(row["StudyID"], official.image(row["ImageID"]), row["PatientID"],
+                            split_of(row["PatientID"]), report=row["Report"], targets=targets)
 
 An image that is known and unwanted is left out by yielding why; a value that nobody knows should
 fail, by `expect`, since the file is not what the builder was written for. Keyword arguments of a
-builder are its flags. `split_of` wants hundreds of patients: give a smaller set its own splits.
-Where a patient id is missing, pass the study's.
+builder are its flags, and its docstring is its `--help`. `split_of` wants hundreds of patients:
+give a smaller set its own splits. Where a patient id is missing, pass the study's. Targets name
+every class of the set, 0 or 1; "No Finding" among them is needed for normal case detection.
 
 In this order: what all scripts share, record and manifest, images, batches, builders, the phantom,
 check and cache, flags; each table stands beside its user. Symbols: B rows of one rank's batch,
@@ -35,6 +41,7 @@ SPDX-License-Identifier: MIT
 import argparse
 import contextlib
 import csv
+import difflib
 import glob
 import gzip
 import hashlib
@@ -45,10 +52,11 @@ import math
 import os
 import re
 import sys
+import time
 import zlib
 from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -56,12 +64,15 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from gcn import GraphError, collate_graphs, read_radgraph
 
-CONDITIONS = (  # CheXbert's order
+# CheXbert's order. A new one goes before Support Devices; it needs rows in PHRASES and DRAWINGS
+# below (in ABSENT if reports deny it) and what negations.py says above its tables. Checked then by
+# test_every_condition_changes_the_picture_and_the_seed_decides and by
+# test_the_labeler_agrees_with_the_phantoms_truth. Tables of official labels know the 14 alone.
+CONDITIONS = (
     "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",
     "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion",
     "Pleural Other", "Fracture", "Support Devices", "No Finding")
@@ -106,46 +117,40 @@ def minimum(bound, kind=int, below=math.inf):
     return parse
 
 
-def open_file(path, mode="rb", **options):
-    """open() of a regular file that the user named; UserError if it is not there or none."""
+def open_file(path):
+    """A regular file that the user named, to read bytes; UserError if it is not there or none."""
     expect(os.path.isfile(path), path, "a regular file")  # opening a pipe would wait for a writer
-    try:
-        return open(path, mode, **options)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    return open(path, "rb")
 
 
 @contextlib.contextmanager
 def open_atomic(path, mode="w"):
     """Open a temporary file beside path, renamed at the end: path is never half written.
 
-    A link is followed. UserError if path is a device, a pipe or a folder, has no folder, or if the
-    disk fails.
+    Folders are made, a link is followed, and what a kill left here a day ago is removed. UserError
+    if path is a device, a pipe or a folder, or if it cannot be written.
     """
-    path = Path(os.path.realpath(path))
+    path = Path(path).resolve()
     expect(path.is_file() or not path.exists(), path, "a regular file, or none, to write to")
-    expect(path.parent.is_dir(), path, "its folder to be there")
-    options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    encoding = None if "b" in mode else "utf-8"
     temporary = f"{path.parent}/.{path.name}.{os.getpid()}.tmp"
     try:
-        with open(temporary, mode, **options) as file:
+        os.makedirs(path.parent, exist_ok=True)
+        for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            if time.time() - os.path.getmtime(old) > 86_400:  # a day's seconds
+                old.unlink(missing_ok=True)
+        with open(temporary, mode, encoding=encoding) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename not in (None, temporary):  # another file's, inside the with block
+        if not temporary.startswith(str(error.filename or "")):  # another file's, in the with block
             raise
         raise UserError(f"{path}: was not written ({error.strerror})") from error
     finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def open_text(path, errors="strict"):
-    """A text file in UTF-8 that the user named, plain or gzipped, to read."""
-    open_file(path).close()
-    opener = gzip.open if Path(path).suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig", errors=errors, newline="")
+        with contextlib.suppress(OSError):  # none there, or a folder that is read-only
+            os.unlink(temporary)
 
 
 def numbered_lines(file):
@@ -165,8 +170,8 @@ def parse_line(where, line):
             json.dumps(record, ensure_ascii=False).encode()
     except ValueError:  # whose message may show the report
         record = None
-    whole = isinstance(record, dict) and b"\\u0000" not in line
-    expect(whole, where, "one JSON object in UTF-8, without null characters")
+    expect(isinstance(record, dict) and b"\\u0000" not in line, where,
+           "one JSON object in UTF-8, without null characters")
     return record
 
 
@@ -228,8 +233,9 @@ def groups(text):
 # ---------------------------------------------------------------- the record and the manifest
 
 TYPES = {  # of the fields of a record or of its hard negatives
-    "root": str, "image": str, "split": str, "original_report": str, "report": str, "labels": dict,
-    "targets": dict, "graph": dict, "condition": str, "hard_negatives": list, "adversarial": list}
+    str: "root image split original_report report condition",
+    dict: "labels targets graph",
+    list: "hard_negatives adversarial"}
 VALUES = {"labels": (1, 0, -1), "targets": (1, 0)}
 TRAINED = ("id", "patient", "report", "labels", "hard_negatives", "graph")  # images aside
 
@@ -237,7 +243,7 @@ TRAINED = ("id", "patient", "report", "labels", "hard_negatives", "graph")  # im
 def label_vector(labels, uncertain="positive"):
     """Labels by name -> C: (14,) float32 in CheXbert's order; -1 is 1 if uncertain="positive"."""
     # ASSUMPTION: C holds the positives, No Finding its own dimension; uncertain counts as positive.
-    ones = {"positive": (1, -1), "negative": (1,)}[uncertain]
+    ones = (1, -1) if uncertain == "positive" else (1,)
     return np.array([labels.get(name) in ones for name in CONDITIONS], np.float32)  # (14,)
 
 
@@ -264,24 +270,25 @@ def split_of(patient):
 
 def check_texts(where, record, *names):
     """UserError("WHERE: expected ...") unless this is an object of JSON with these texts."""
-    whole = isinstance(record, dict) and all(isinstance(record.get(name), str) for name in names)
-    expect(whole, where, f"an object with {', '.join(names)} as texts")
+    expect(isinstance(record, dict) and all(isinstance(record.get(name), str) for name in names),
+           where, f"an object with {', '.join(names)} as texts")
 
 
 def check_record(where, record, needed=("id", "image")):
     """UserError("WHERE: expected ...") at the first field of a manifest's record that is wrong."""
     check_texts(where, record, *needed)
-    for name, kind in TYPES.items():
-        expect(isinstance(record.get(name, kind()), kind), where, f"{name} as {kind.__name__}")
+    for kind, names in TYPES.items():
+        for name in names.split():
+            expect(isinstance(record.get(name, kind()), kind), where, f"{name} as {kind.__name__}")
     for field, values in VALUES.items():
         for value in record.get(field, {}).values():
-            known = value in values and not isinstance(value, bool)
-            expect(known, where, f"{field} out of {values}")
+            expect(value in values and not isinstance(value, bool), where,
+                   f"{field} out of {values}")
     conditions = {record.get("condition", CONDITIONS[0]), *record.get("labels", {})}
     expect(conditions <= set(CONDITIONS), where, f"conditions among {', '.join(CONDITIONS)}")
     expect(record.get("split", "train") in SPLITS, where, "split train, val or test")
-    known = type(record.get("patient")) in (str, int, type(None))  # no NaN, no bool
-    expect(known, where, "patient as a text or a whole number")
+    expect(type(record.get("patient")) in (str, int, type(None)), where,
+           "patient as a text or a whole number")  # no NaN, no bool
     check_graph(where, record.get("graph", {}))
     for negative in record.get("hard_negatives", []):
         check_record(where, negative, ("condition", "report", "omitted"))
@@ -347,8 +354,8 @@ class Manifest:
 
 def image_path(where, record, manifest, image_root=None):
     """The record's image as a path, links followed; UserError if it would leave the image root."""
-    root = os.path.realpath(image_root or record.get("root") or os.path.dirname(manifest))
-    path = Path(os.path.realpath(os.path.join(root, record["image"])))
+    root = Path(image_root or record.get("root") or os.path.dirname(manifest)).resolve()
+    path = (root / record["image"]).resolve()
     expect(path.is_relative_to(root), where, "its image inside its root; where links lead to "
            "images, name their own folder by --image-root")
     return path
@@ -358,13 +365,13 @@ def load_columns(path, file):
     """`summary` of all lines by column, from the sidecar if its stamp is of this file and code."""
     sidecar = f"{path}.index.npz"
     status = os.fstat(file.fileno())
-    names = list(summary({"id": ""}, 0, 0, 0))
-    stamp = [status.st_size, status.st_mtime_ns, patient_hash([CONDITIONS, TRAINED, names])]
+    code = patient_hash(Path(__file__).read_text())
+    stamp = f"{status.st_size} {status.st_mtime_ns} {code}"
     columns = {}
     # Damaged bytes are zipfile's and numpy's errors, of many kinds; each array has a checksum.
     with contextlib.suppress(Exception), np.load(sidecar) as saved:
         columns = dict(saved)
-    if list(columns.pop("stamp", [])) == stamp and list(columns) == names:
+    if str(columns.pop("stamp", "")) == stamp:
         return columns
     rows = []
     for number, offset, line in numbered_lines(file):
@@ -372,7 +379,7 @@ def load_columns(path, file):
         check_record(f"{path}:{number}", record)  # once, so that later readers can trust it
         rows.append(summary(record, number, offset, len(line)))
     expect(rows, path, "at least one line")
-    columns = {name: np.array([row[name] for row in rows]) for name in names}
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     with contextlib.suppress(UserError):  # a folder that is not writable
         with open_atomic(sidecar, "wb") as saved:
             np.savez(saved, stamp=stamp, **columns)
@@ -401,13 +408,12 @@ def summary(record, number, offset, length):
 # ---------------------------------------------------------------- images (App. B.1)
 
 DICOM = (".dcm", ".dicom")
-SUFFIXES = (".png", ".jpg", ".jpeg", *DICOM)
 
 
 def read_image(path, at_least=None):
     """One radiograph as a grey 8-bit PIL image; UserError names the file.
 
-    path: PNG or JPEG of 8 or 16 bits, or DICOM (needs pydicom; MONOCHROME1 is inverted). at_least:
+    path: PNG or JPEG of 8 or 16 bits, turned as its EXIF says, or DICOM (needs pydicom). at_least:
     side in pixels that suffices; a JPEG is decoded at 1/2, 1/4 or 1/8 if both sides stay above it.
     """
     # ASSUMPTION: App. B.1's preprocessing cannot be had; an image keeps its borders.
@@ -418,34 +424,37 @@ def read_image(path, at_least=None):
             image = Image.open(file, formats=("PNG", "JPEG"))
             if at_least is not None:
                 image.draft("L", (at_least, at_least))
-            image.load()
+            image = ImageOps.exif_transpose(image)
         except Exception as error:  # Pillow's, of many kinds for damaged bytes
-            raise broken_image(path, error) from None
+            raise UserError(f"{path}: expected an intact PNG or JPEG image ({type(error).__name__})"
+                            ) from None
     if image.mode.startswith("I"):  # which convert() would clip
         return to_grey(np.asarray(image))
     return image.convert("L")
 
 
 def read_dicom(path):
-    """A grey image of one frame in DICOM, by pydicom where it is installed."""
+    """A grey image of one frame in DICOM, as its look-up tables and window show it."""
     with open_file(path) as file:
         try:
-            import pydicom
-            header = pydicom.dcmread(file)
-            values = header.pixel_array.astype(np.float32)  # whole numbers may overflow when turned
+            from pydicom import dcmread, pixels
+            header = dcmread(file)
+            values = pixels.apply_modality_lut(header.pixel_array, header)
+            values = pixels.apply_voi_lut(values, header).astype(np.float32)
         except ImportError:
-            raise UserError(f"{path}: reading DICOM needs pydicom (pip install pydicom)") from None
+            raise UserError(f"{path}: reading DICOM needs pydicom 3 (pip install pydicom)"
+                            ) from None
         except Exception as error:  # pydicom's, of many kinds for damaged bytes
-            raise broken_image(path, error) from None
-    expect(values.ndim == 2 and values.size, path, "a grey image of one frame")
-    if header.PhotometricInterpretation == "MONOCHROME1":
+            if "missing dependencies" in str(error):  # names the packages, nothing of the file
+                raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+            raise UserError(f"{path}: expected an intact DICOM image ({type(error).__name__})"
+                            ) from None
+    kind = header.PhotometricInterpretation
+    expect(kind.startswith("MONOCHROME") and values.ndim == 2 and np.isfinite(values).all(),
+           path, "a grey image of one frame, without NaN")
+    if kind == "MONOCHROME1" or header.get("PresentationLUTShape") == "INVERSE":
         values = -values
     return to_grey(values)
-
-
-def broken_image(path, error):
-    kind = type(error).__name__  # its message may hold what the file holds
-    return UserError(f"{path}: expected an intact PNG, JPEG or grey DICOM image ({kind})")
 
 
 def to_grey(values):
@@ -480,7 +489,7 @@ def pixels(image, size, rng=None):
 MAX_TRIES = 20  # images drawn in place of one that cannot be read
 
 
-class Studies(Dataset):
+class Studies:
     """What training reads, indexed by (epoch, i); a sample is a pure function of (seed, epoch, i).
 
     manifest: rows of one split, with labels. image_size: S. tokenize: list of str -> dict of
@@ -504,9 +513,9 @@ class Studies(Dataset):
         self.reports = manifest.columns["reports"]  # as hashes
         stored = manifest.negatives > 0
         if negatives and not stored.all():
-            enough = stored.any() and len(set(self.reports[self.single])) > 1
-            expect(enough, manifest.path, "hard_negatives to train with, and for studies without "
-                   "them two different reports of one positive label; run negations.py on it first")
+            expect(stored.any() and len(set(self.reports[self.single])) > 1, manifest.path,
+                   "hard_negatives to train with, and for studies without them two different "
+                   "reports of one positive label; run negations.py on it first")
 
     def __len__(self):
         return len(self.manifest)
@@ -514,12 +523,12 @@ class Studies(Dataset):
     def __getitem__(self, key):
         epoch, i = map(int, key)
         rng = np.random.default_rng((self.seed, epoch, i))
-        bad = []
+        bad = 0
         record, image = self._read(i)
         while image is None:
-            bad.append(i)
-            expect(len(bad) < MAX_TRIES, self.manifest.where(bad[0]), f"images, {MAX_TRIES} in a "
-                   "row could not be read (is --image-root right? see: python data.py check)")
+            bad += 1
+            expect(bad < MAX_TRIES, self.manifest.where(i), f"images, {MAX_TRIES} in a row "
+                   "could not be read (is --image-root right? see: python data.py check)")
             i = int(rng.integers(len(self.manifest)))
             record, image = self._read(i)
         sample = {"index": i, "bad": bad, "pixels": pixels(image, self.image_size, rng),
@@ -554,7 +563,7 @@ class Studies(Dataset):
         images = np.stack([sample["pixels"] for sample in samples])
         batch = {"pixels": torch.from_numpy(images),                                 # (B, 1, S, S)
                  "index": torch.tensor([sample["index"] for sample in samples]),     # (B,)
-                 "bad": sum(len(sample["bad"]) for sample in samples)}
+                 "bad": sum(sample["bad"] for sample in samples)}
         batch |= self._collate_texts([sample["record"] for sample in samples], "")
         if self.negatives:
             batch |= self._collate_texts([sample["negative"] for sample in samples], "hard_")
@@ -570,28 +579,19 @@ class Studies(Dataset):
         return batch
 
 
-class GlobalBatches:
-    """Batch sampler: step s takes rows [s N, (s + 1) N) of one permutation an epoch, a rank its B.
+def global_batches(num_studies, batch_size, seed, epoch, rank=0, world=1, start=0):
+    """Lists of (epoch, i) to sample by: step s has rows [s N, (s + 1) N) of an epoch's permutation.
 
-    batch_size is N, a multiple of world; the last incomplete batch is dropped, so all ranks take
-    equal steps; start is the first step (to resume inside an epoch). Yields lists of (epoch, i).
+    batch_size is N, a multiple of world, of which each rank takes its B; the last incomplete batch
+    is dropped, so all ranks take equal steps. start: the first step, to resume inside an epoch.
     """
-
-    def __init__(self, num_studies, batch_size, seed, epoch, rank=0, world=1, start=0):
-        self.num_studies = num_studies
-        self.seed = seed
-        self.epoch = epoch
-        self.share = batch_size // world  # B
-        first = start * batch_size + rank * self.share
-        self.firsts = range(first, num_studies // batch_size * batch_size, batch_size)
-
-    def __len__(self):
-        return len(self.firsts)
-
-    def __iter__(self):
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_studies)
-        for first in self.firsts:
-            yield [(self.epoch, int(i)) for i in order[first:first + self.share]]
+    order = np.random.default_rng((seed, epoch)).permutation(num_studies).tolist()
+    share = batch_size // world  # B
+    batches = []
+    for first in range(start * batch_size, num_studies // batch_size * batch_size, batch_size):
+        first += rank * share
+        batches.append([(epoch, i) for i in order[first:first + share]])
+    return batches
 
 
 # ---------------------------------------------------------------- builders: what they share
@@ -603,7 +603,7 @@ def study(name, image, patient, split, **fields):
     return {"study": name, "image": image, "patient": patient, "split": split} | fields
 
 CLASS_NAMES = {name.lower(): name for name in CONDITIONS} | {
-    "effusion": "Pleural Effusion", "normal": "No Finding",
+    "effusion": "Pleural Effusion",
     "other diseases": "Other disease"}  # so in VinDr's train table
 
 
@@ -611,7 +611,7 @@ class Download:
     """A set's official files below root, by relative path or by name; no image is opened."""
 
     def __init__(self, root):
-        self.root = Path(root)
+        self.root = root
         self.images = {}  # number of folders in a name -> paths by name, once one is looked for
 
     def file(self, names, required=True):
@@ -628,12 +628,14 @@ class Download:
         """Rows of a CSV that has these columns, as ("FILE:LINE", dict), stripped."""
         path = self.file(names)
         where = f"{path}:1"
-        with open_text(path) as file:
+        open_file(path).close()
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file, strict=True)  # an unclosed quote swallows patients
             try:
                 header = [name.strip() for name in next(rows, [])]
-                expect(set(columns) <= set(header), where,
-                       f"a CSV header with {', '.join(columns)}")
+                expect(set(columns) <= set(header) and len(set(header)) == len(header), where,
+                       f"a CSV header with {', '.join(columns)}, each name once")
                 for cells in filter(None, rows):  # no blank line
                     where = f"{path}:{rows.line_num}"
                     expect(len(cells) == len(header), where, f"{len(header)} fields")
@@ -652,12 +654,12 @@ class Download:
         """
         if os.path.isfile(self.root / path) and not path.lower().endswith(DICOM):
             return path
-        if folders not in self.images:
-            self.images[folders] = {}
+        images = self.images.setdefault(folders, {})
+        if not images:
             for file in glob.iglob("**/*.*", root_dir=self.root, recursive=True):
-                if file.lower().endswith(SUFFIXES):
-                    self.images[folders].setdefault(name_of(file, folders), []).append(file)
-        files = self.images[folders].get(name_of(path, folders), [path])
+                if file.lower().endswith((".png", ".jpg", ".jpeg", *DICOM)):
+                    images.setdefault(name_of(file, folders), []).append(file)
+        files = images.get(name_of(path, folders), [path])
         converted = [file for file in files if not file.lower().endswith(DICOM)]
         first, *others = converted or files
         expect(not others, self.root / first, f"one image of its name, {others} there too")
@@ -671,13 +673,13 @@ def name_of(path, folders):
 
 def stem(path):
     """File name without endings; OpenI's CXR2_IM-1.png and 2_IM-1.dcm.png are one image."""
-    name = re.sub(r"(\.(dcm|dicom|png|jpe?g))+$", "", os.path.basename(path), flags=re.IGNORECASE)
+    name = re.sub(r"(?i)(\.(dcm|dicom|png|jpe?g))+$", "", os.path.basename(path))
     return re.sub(r"^CXR(\d+_)?(?=\d+_IM)", "", name)
 
 
 def label(where, value):
     """1, 0, -1, or None if blank."""
-    text = str(value).strip().lower().removesuffix(".0")
+    text = str(value).lower().removesuffix(".0")
     if text in ("", "none", "nan"):
         return None
     expect(text in ("1", "0", "-1"), where, "a label 1, 0, -1 or blank")
@@ -686,13 +688,17 @@ def label(where, value):
 
 def conditions_of(where, row):
     """CheXpert's 14 columns -> labels by name, blanks left out."""
-    values = {name: label(where, row.get(name, "")) for name in CONDITIONS}
-    return {name: value for name, value in values.items() if value is not None}
+    labels = {}
+    for name in CONDITIONS:
+        value = label(where, row.get(name, ""))
+        if value is not None:
+            labels[name] = value
+    return labels
 
 
 def class_name(name):
     """A set's class by its CheXpert name where one exists, else its own with spaces."""
-    name = name.replace("_", " ")
+    name = " ".join(name.replace("_", " ").split())
     return CLASS_NAMES.get(name.lower(), name)
 
 
@@ -704,8 +710,9 @@ def join_text(*sections):
 def set_apart(items, share):
     """scikit-learn's train_test_split(items, test_size=share, random_state=0): rest, share."""
     order = np.random.RandomState(0).permutation(len(items))  # noqa: NPY002 (published splits)
+    items = [items[k] for k in order]
     count = math.ceil(len(items) * share)
-    return [items[k] for k in order[count:]], [items[k] for k in order[:count]]
+    return items[count:], items[:count]
 
 
 def glorias_split(names):
@@ -718,6 +725,8 @@ def glorias_split(names):
 def write_manifest(name, root, out, keep_missing=False, **settings):
     """Writes what the builder of that name yields, with its settings -> the counts to print."""
     root = Path(root).resolve()
+    expect(str(out).endswith(".jsonl") or not os.path.isfile(out), out,
+           "a new file, or a manifest (.jsonl), to write over")
     records = BUILDERS[name](Download(root), **settings)
     seen = set()
     counts = Counter(studies=0)
@@ -737,6 +746,8 @@ def write_manifest(name, root, out, keep_missing=False, **settings):
             seen.add(number)
             counts["studies"] += 1
             counts[record["split"]] += 1
+            if not record.keys() & {"labels", "targets"}:
+                counts["neither labels nor targets"] += 1
             line = {"id": identity, "root": str(root), **record}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         expect(counts["studies"], root, f"studies of {name} and their images here "
@@ -783,7 +794,13 @@ MESH = groups("""
 
 
 def build_openi(official):
-    """OpenI: Kaggle's two tables, else the official XML; targets from the human MeSH indexing"""
+    """OpenI: Kaggle's two tables, else the official XML; targets from the human MeSH indexing.
+
+    ROOT has Kaggle's indiana_reports.csv, indiana_projections.csv and images (all frontal ones are
+    taken), or the *.xml of NLMCXR_reports.tgz and the PNGs of NLMCXR_png.tgz, unpacked (the first
+    image of each report is taken, since no view is given). A report is findings and impression.
+    Studies that nobody indexed have no targets. Split by patient, who is the study: 80/10/10.
+    """
     kaggle = official.file("indiana_reports.csv", required=False)
     for number, images, report, mesh in openi_tables(official) if kaggle else openi_xml(official):
         if not images:
@@ -819,20 +836,26 @@ def openi_tables(official):
 
 def openi_xml(official):
     for path in sorted(official.root.rglob("*.xml")):
-        with open_file(path) as file:
-            try:
-                tree = ElementTree.parse(file)
-            except ElementTree.ParseError as error:
-                raise UserError(f"{path}: expected well-formed XML ({error})") from None
-        text = {node.get("Label"): node.text for node in tree.iter("AbstractText")}
+        try:
+            tree = ElementTree.parse(path)
+        except (ElementTree.ParseError, LookupError, ValueError) as error:
+            raise UserError(f"{path}: expected well-formed XML ({error})") from None
+        text = {node.get("Label"): "".join(node.itertext()) for node in tree.iter("AbstractText")}
         images = [f"{node.get('id')}.png" for node in tree.iter("parentImage")]
         yield (path.stem, images[:1],  # the first: no view is given
                join_text(text.get("FINDINGS"), text.get("IMPRESSION")),
-               [node.text or "" for node in tree.iterfind("MeSH/major")])
+               ["".join(node.itertext()) for node in tree.iterfind("MeSH/major")])
 
 
 def build_mimic(official):
-    """MIMIC-CXR-JPG with MIMIC-CXR's reports (files/pNN/PATIENT/STUDY.txt); frontal views"""
+    """MIMIC-CXR-JPG with MIMIC-CXR's reports (files/pNN/PATIENT/STUDY.txt); frontal views.
+
+    ROOT has MIMIC-CXR-JPG's folder files and its tables mimic-cxr-2.*-metadata.csv, -split.csv and
+    -chexpert.csv (or .gz), and the reports of mimic-cxr-reports.zip, there or in a folder. Each PA
+    or AP image is a row, with its study's report and labels; studies without a row in -chexpert.csv
+    have none. A report is its findings and impression, the last of each that is not empty; where
+    it has neither, what follows the first paragraph of its last section. Official split.
+    """
     splits = {row["dicom_id"]: row["split"].replace("validate", "val")
               for _, row in official.table("mimic-cxr-2.*-split.csv", "dicom_id", "split")}
     table = official.table("mimic-cxr-2.*-chexpert.csv", "study_id", *CONDITIONS)
@@ -846,37 +869,115 @@ def build_mimic(official):
         expect(splits.get(image) in SPLITS, where, "its dicom_id in mimic-cxr-2.*-split.csv, "
                "with split train, validate or test")
         path = f"files/p{patient[:2]}/p{patient}/s{number}"
-        text = official.file(f"{path}.txt", required=False)
+        text = official.file(glob.escape(f"{path}.txt"), required=False)
         if not text:
             yield "no report file files/pNN/PATIENT/STUDY.txt here or in mimic-cxr-reports"
             continue
         report = mimic_report(text)
         if report:
             yield study(image, official.image(f"{path}/{image}.jpg"), patient, splits[image],
-                        report=report, labels=labels.get(number, {}), study_id=number)
+                        report=report, labels=labels.get(number), study_id=number)
         else:
             yield "neither findings nor impression"
 
 
+HEADING = r"(?m)^[ \t]*([A-Z][\w ()/,&-]*):(?=\s)"
+# The first row with a word of a heading, misspelt or not, says which section begins there.
+HEADINGS = groups("""
+    impression:
+        impression
+        conclusion
+    findings:
+        findings
+    context:
+        addendum
+        comparison
+        history
+        indication
+        reason
+        clinical
+        technique
+        notification
+        recommendation
+        comment
+        attestation
+        read
+        wetread
+        pfi
+        report
+    view:
+        view
+        chest
+        portable
+        frontal
+        lateral
+        lat
+        ap
+        pa
+        upright
+        supine
+        radiograph
+        film
+        ribs
+        window
+    examination:
+        examination
+        exam
+        procedure
+        study
+        date
+        dose""")
+
+
 def mimic_report(path):
-    """Findings and impression of a MIMIC-CXR report."""
-    with open_text(path, errors="replace") as file:
-        text = file.read()
-    return join_text(section(text, "FINDING"), section(text, "IMPRESSION", "CONCLUSION"))
+    """Findings and impression of a MIMIC-CXR report, else the paragraphs of its last section.
+
+    As by the official parser (github.com/MIT-LCP/mimic-cxr): the last section of a name that is not
+    empty counts, since an addendum stands before its report, and a heading that names the view
+    begins findings. Here headings may also be indented otherwise, have small letters or follow an
+    empty section at once, and unknown ones inside findings (LUNGS:) stay there as text.
+    """
+    text = path.read_text("utf-8", errors="replace")
+    first, *pieces = re.split(HEADING, text)  # heading, body, heading, body, ...
+    sections = [["preamble", first]]
+    for heading, body in zip(pieces[::2], pieces[1::2], strict=True):
+        inside = sections[-1][0] == "findings"
+        name = section_of(heading)
+        if name == "view":
+            name = "findings"
+            if inside and "VIEW" not in heading and "PORTABLE" not in heading:  # CHEST WALL:
+                name = None
+        if name is None and (inside or not heading.isupper()):
+            sections[-1][1] += f" {heading}:{body}"
+        else:
+            sections.append([name, body])
+    bodies = {name: body for name, body in sections if body.strip()}
+    # ASSUMPTION: a report is findings and impression; which of them the paper takes is not said.
+    report = join_text(bodies.get("findings"), bodies.get("impression"))
+    return report or join_text(*re.split(r"\n\s*\n", sections[-1][1].strip())[1:])
 
 
-def section(text, *names):
-    """The body of a report's sections whose heading starts with one of these names."""
-    pieces = re.split(r"^[ \t]*([A-Z][A-Z ()/,-]+):(?=\s)", text, flags=re.MULTILINE)[1:]
-    bodies = zip(pieces[::2], pieces[1::2], strict=True)  # heading, body, heading, body, ...
-    return join_text(*(body for heading, body in bodies if heading.startswith(names)))
+@lru_cache(None)
+def section_of(heading):
+    """The row of HEADINGS that a heading belongs to, or None."""
+    words = re.findall("[a-z]+", heading.lower())
+    for name, known in HEADINGS.items():
+        for word in words:
+            if difflib.get_close_matches(word, known, 1, 0.8):
+                return name
 
 
 def build_chexpert_plus(official):
-    """CheXpert Plus: its CSV and CheXbert labels; frontal views"""
+    """CheXpert Plus: its CSV and CheXbert labels; frontal views.
+
+    ROOT has df_chexpert_plus_*.csv, the folder PNG (or JPEGs, DICOMs) and, in any folder near,
+    findings_fixed.json and impression_fixed.json: labels of both sections are joined, and rows of
+    which neither file knows the image have none. The published graphs are not read. The official
+    valid is val; there is no test.
+    """
     labels = {}
     for part in ("findings", "impression"):
-        file = official.file(f"chexbert_labels/{part}_fixed.json", required=False)
+        file = official.file(f"{part}_fixed.json|*/*/{part}_fixed.json", required=False)
         if file:
             add_labels(labels, file)
     columns = ("path_to_image", "frontal_lateral", "deid_patient_id", "split",
@@ -891,7 +992,7 @@ def build_chexpert_plus(official):
         else:
             number = "/".join(image.split("/")[-3:-1])
             yield study(number, official.image(image, folders=2), patient,
-                        split.replace("valid", "val"), report=report, labels=labels.get(image, {}))
+                        split.replace("valid", "val"), report=report, labels=labels.get(image))
 
 
 def add_labels(labels, file):
@@ -906,41 +1007,56 @@ def add_labels(labels, file):
 
 
 def build_chexpert5x200(official):
-    """CheXpert 5x200: GLoRIA's chexpert_5x200.csv (it has no seed) beside CheXpert's images"""
+    """CheXpert 5x200: GLoRIA's chexpert_5x200.csv beside CheXpert's images.
+
+    The draw had no seed, so the list itself is needed. Five classes, one of them positive a row;
+    all is test. Leave these patients out of CheXpert's training rows yourself.
+    """
     names = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
     for where, row in official.table("chexpert_?x200.csv", "Path", *names):
-        number = "/".join(row["Path"].split("/")[-3:-1])  # PATIENT/STUDY
-        yield study(number, official.image(row["Path"], folders=2), number.split("/")[0], "test",
+        patient, number = row["Path"].split("/")[-3:-1]
+        yield study(f"{patient}/{number}", official.image(row["Path"], folders=2), patient, "test",
                     targets={name: int(label(where, row[name]) == 1) for name in names},
                     report=join_text(row.get("Report Impression")) or None)
 
 
 def build_rsna(official):
-    """RSNA pneumonia: stage 2 labels, GLoRIA's split"""
+    """RSNA pneumonia: stage 2 labels, GLoRIA's split.
+
+    ROOT has stage_2_train_labels.csv and stage_2_train_images (DICOM, or converted copies of the
+    same names). 70/15/15 as GLoRIA draws it from the sorted patients: 18,678, 4,003 and 4,003.
+    """
     table = official.table("stage_2_train_labels.csv", "patientId", "Target")
     marks = [(row["patientId"], label(where, row["Target"])) for where, row in table]
     yield from glorias_studies(official, "stage_2_train_images", "Pneumonia", marks)
 
 
 def build_rsna_ab(official):
-    """RSNA pneumonia without class Normal (RSNA-ab), in the split of the whole"""
+    """RSNA pneumonia without class Normal (RSNA-ab), in the split of the whole.
+
+    ROOT is as for rsna, with stage_2_detailed_class_info.csv.
+    """
     table = official.table("stage_2_detailed_class_info.csv", "patientId", "class")
-    classes = {row["patientId"]: row["class"] for _, row in table}
+    normal = {row["patientId"] for _, row in table if row["class"] == "Normal"}
     for record in build_rsna(official):
-        if classes.get(record["study"]) == "Normal":
+        if record["study"] in normal:
             yield "class Normal"
         else:
             yield record
 
 
 def build_siim(official):
-    """SIIM pneumothorax: masks to labels, one line an image, GLoRIA's shares"""
+    """SIIM pneumothorax: masks to labels, one line an image, GLoRIA's shares.
+
+    ROOT has train-rle.csv or stage_2_train.csv, and dicom-images-train. An image is positive if one
+    of its rows holds a mask. GLoRIA's own split is by row, so its numbers are not comparable.
+    """
     table = "train-rle.csv|stage_2_train.csv|*train-rle.csv"
     marks = []
     for where, row in official.table(table, "ImageId", "EncodedPixels"):
         runs = row["EncodedPixels"]
         expect(re.fullmatch(r"-1|(\d+ \d+ ?)*", runs), where, "EncodedPixels of -1, blank or runs")
-        marks.append((row["ImageId"], int(runs not in ("", "-1"))))
+        marks.append((row["ImageId"], runs not in ("", "-1")))
     # DIFFERS from Sec. 5.1: SIIM is split by image, not by row, so that none leaks into test.
     yield from glorias_studies(official, "dicom-images-train", "Pneumothorax", marks)
 
@@ -948,7 +1064,7 @@ def build_siim(official):
 def glorias_studies(official, folder, target, marks):
     """A study for each image, of one target, 1 if any of its rows says so; GLoRIA's split."""
     positives = {name for name, mark in marks if mark == 1}
-    names = sorted({name for name, _ in marks})
+    names = sorted(dict(marks))
     splits = glorias_split(names)
     for name in names:
         yield study(name, official.image(f"{folder}/{name}.dcm"), name, splits[name],
@@ -956,7 +1072,11 @@ def glorias_studies(official, folder, target, marks):
 
 
 def build_vindr(official):
-    """VinDr-CXR 1.0.0: the consensus for test, any of the three readers for train"""
+    """VinDr-CXR 1.0.0: the consensus for test, any of the three readers for train.
+
+    ROOT has annotations/image_labels_train.csv and image_labels_test.csv, and the folders train and
+    test (DICOM, or converted copies of the same names). No patients are known: each image is one.
+    """
     for part in ("train", "test"):
         marks = {}  # image -> class -> 1 if a reader marked it
         for where, row in official.table(f"image_labels_{part}.csv", "image_id", "No finding"):
@@ -964,15 +1084,15 @@ def build_vindr(official):
             for column, value in row.items():
                 if column not in ("image_id", "rad_ID", "No finding"):
                     name = class_name(column)
-                    classes[name] = max(classes.get(name, 0), int(label(where, value) == 1))
+                    classes[name] = max(classes.get(name, 0), label(where, value) or 0)
         # ASSUMPTION: VinDr's val is CXR-CLIP's 20 % of the train images, drawn from the sorted ids.
-        splits = dict.fromkeys(marks, part)
+        val = set()
         if part == "train":
-            splits |= dict.fromkeys(set_apart(sorted(marks), 0.2)[1], "val")
+            val = set(set_apart(sorted(marks), 0.2)[1])
         for name in sorted(marks):
             targets = marks[name] | {"No Finding": int(not any(marks[name].values()))}
             yield study(name, official.image(f"{part}/{name}.dicom"), name,
-                        splits[name], targets=targets)
+                        "val" if name in val else part, targets=targets)
 
 
 CXR14 = lines("""
@@ -994,16 +1114,18 @@ CXR14 = lines("""
 
 
 def build_cxr14(official, probmed=""):
-    """ChestX-ray14: Data_Entry_2017 with the official lists, else split by patient"""
+    """ChestX-ray14: Data_Entry_2017 with the official test list, else split by patient.
+
+    ROOT has Data_Entry_2017*.csv, the images below any folders and, for the official split,
+    test_list.txt; a tenth of the other patients is val. --probmed is ProbMed's test.json: its
+    images alone are kept, each with pairs of a present and an absent class, for adversarial.
+    """
     pairs = probmed_pairs(probmed) if probmed else {}
-    lists = {}
-    for part in ("train_val", "test"):
-        path = official.file(f"{part}_list.txt", required=False)
-        if path:
-            with open_text(path, errors="replace") as file:
-                lists |= {stem(line.strip()): part for line in file}
-    if not lists:
-        print("no train_val_list.txt and test_list.txt: split by patient, not the official split")
+    tested = official.file("test_list.txt", required=False)
+    if tested:
+        test = set(map(stem, tested.read_text("utf-8").split()))
+    else:
+        print("no test_list.txt: split by patient, not the official split")
     table = "Data_Entry_2017_v2020.csv|Data_Entry_2017*.csv"
     for where, row in official.table(table, "Image Index", "Finding Labels", "Patient ID"):
         name = stem(row["Image Index"])
@@ -1011,9 +1133,8 @@ def build_cxr14(official, probmed=""):
         classes = row["Finding Labels"].split("|")
         expect(set(classes) <= set(CXR14), where, f"Finding Labels out of {', '.join(CXR14)}")
         split = split_of(patient)
-        if lists:
-            expect(name in lists, where, "its image in one of the official lists")
-            if lists[name] == "test":
+        if tested:
+            if name in test:
                 split = "test"
             elif split == "test":
                 split = "train"
@@ -1030,8 +1151,8 @@ def probmed_pairs(path):
     asked = {}
     for k, entry in enumerate(read_json(path, list)):
         check_texts(f"{path}: entry {k}", entry, "image", "qa_type", "question")
-        kinds = asked.setdefault(stem(entry["image"]), {})
-        kinds[entry["qa_type"]] = asked_class(entry["question"])
+        classes = asked.setdefault(stem(entry["image"]), {})
+        classes[entry["qa_type"]] = asked_class(entry["question"])
     pairs = {}
     for image, classes in asked.items():
         pairs[image] = []
@@ -1043,21 +1164,25 @@ def probmed_pairs(path):
 
 
 def asked_class(question):
-    """The class of ChestX-ray14 that a question asks for, the longest name first, or None."""
+    """The class of ChestX-ray14 that a question asks for, or None."""
     text = question.lower().replace("_", " ")
-    for name in sorted(CXR14, key=len, reverse=True):
+    for name in CXR14:
         if name.lower().replace("_", " ") in text:
             return class_name(name)
 
 
 def build_cxr_align(official):
-    """CXR-Align's cxr-align.json (Sec. 3) beside its images"""
+    """CXR-Align's cxr-align.json (Sec. 3) beside its images.
+
+    An image is found by its name wherever it lies below ROOT, in MIMIC-CXR-JPG's folders too, which
+    tell the patient. Rows have no labels: r, r^r and r^n of the chosen condition; all is test.
+    """
     file = official.file("cxr-align.json")
     for source, entries in read_json(file, dict).items():
-        for k, (name, entry) in enumerate(dict(entries).items()):
+        for k, (name, entry) in enumerate(entries.items()):
             where = f"{file}: {source}, entry {k}"
             check_texts(where, entry, "chosen", "report", "omitted", "negation")
-            condition = class_name(entry["chosen"].strip())
+            condition = class_name(entry["chosen"])
             expect(condition in CONDITIONS, where, "chosen out of CheXpert's conditions, got "
                    f"{condition}")
             image = official.image(f"images/{name}.jpg")  # found by its name wherever it lies
@@ -1116,6 +1241,7 @@ DEVICES = groups("""
         0.03 0.20
         0.10 0.62
         0.30 0.72""")
+# By condition, but No Finding: what a report may say of it. A new condition needs a row here.
 PHRASES = groups("""
     Enlarged Cardiomediastinum:
         {severity} widening of the mediastinum
@@ -1240,7 +1366,6 @@ def make_phantom(folder, **settings):
     note = folder / "phantom.json"
     text = f"{folder} {settings} {patient_hash(Path(__file__).read_text())}"
     if not manifest.exists() or not note.exists() or note.read_text() != text:
-        folder.mkdir(parents=True, exist_ok=True)
         note.unlink(missing_ok=True)  # until all images are drawn anew
         write_manifest("phantom", folder, manifest, **settings)
         note.write_text(text)
@@ -1248,14 +1373,15 @@ def make_phantom(folder, **settings):
 
 
 def build_phantom(official, studies=3000, size=64, seed=0, normal_fraction=0.45, duplicates=0):
-    """Drawn chests with matching reports: the embedded default, no patient's data
+    """Drawn chests with matching reports: the embedded default, no patient's data.
 
-    studies: normal_fraction of them have one of Tab. 1's templates at that table's frequencies;
-    duplicates: more normal training studies with one identical sentence (Tab. 3); size in pixels.
+    --normal-fraction of the --studies have one of Tab. 1's templates at that table's frequencies;
+    --duplicates are more normal training studies with one identical sentence (Tab. 3); --size is
+    the side in pixels, and another --seed another data set. ROOT is the folder to draw into.
     """
     for name in CONDITIONS[:-1]:
         expect(name in PHRASES.keys() & DRAWINGS, __file__, f"rows for {name} in PHRASES, DRAWINGS")
-    (official.root / "images").mkdir(parents=True, exist_ok=True)
+    os.makedirs(official.root / "images", exist_ok=True)
     share = np.array(list(NORMALS.values())) / sum(NORMALS.values())
     for i in range(studies + duplicates):
         rng = np.random.default_rng((seed, i))
@@ -1422,6 +1548,7 @@ def _draw_device(chest, lung, finding):
     _draw_line(chest, chest.rng.normal(points, 0.02), 1)
 
 
+# By condition: what it adds to the picture. A new condition needs a row here.
 DRAWINGS = {
     "Enlarged Cardiomediastinum": partial(_draw_organ, 0, -0.25, 0.18, 1.1, 0.20),
     "Cardiomegaly": partial(_draw_organ, 0.14, 0.40, 0.30, 0.30, 0.24),
@@ -1448,7 +1575,6 @@ def why_unreadable(path):
         read_image(path)
     except UserError as error:
         return str(error).removeprefix(f"{path}: ")
-    return None
 
 
 def run_jobs(function, jobs, workers, title):
@@ -1466,7 +1592,10 @@ def check_images(manifest, workers=0):
 
 
 def check(path, image_root="", workers=CPUS):
-    """Validates all lines and images, prints counts and labels; exits with 1 if some are wrong"""
+    """Validates all lines and images, prints counts and labels; exits with 1 if some are wrong.
+
+    --image-root replaces every record's root; --workers are processes that read images, 0 for none.
+    """
     wrong = []
     images = {}  # of the lines that are right
     ids = set()
@@ -1484,10 +1613,10 @@ def check(path, image_root="", workers=CPUS):
                 wrong.append(str(error))
                 continue
             split = record.get("split", "no split")
-            ids.add(record["id"])
-            reports[record.get("report", "")] += 1
             counts[f"split: {split}"] += 1
             patients.add((patient_hash(patient_of(record)), split))
+            ids.add(record["id"])
+            reports[record.get("report", "")] += 1
             for field in VALUES:
                 for name, value in record.get(field, {}).items():
                     counts[f"{field}: {name} = {value}"] += 1
@@ -1498,8 +1627,8 @@ def check(path, image_root="", workers=CPUS):
                 "lines repeat an id": len(images) - len(ids),
                 "lines repeat an image": len(images) - len(set(images.values()))}
     wrong += [f"{path}: {count} {what}" for what, count in repeated.items() if count]
-    print_counts({"studies": len(images), "patients": people,
-                  "distinct reports": len(reports), **dict(sorted(counts.items()))})
+    print_counts({"studies": len(images), "patients": people, "distinct reports": len(reports)})
+    print_counts(dict(sorted(counts.items())))
     for text, count in reports.most_common(5):
         if text and count > 1:
             print(f"{count:>11,} x {text[:80]}")  # Tab. 1
@@ -1510,26 +1639,28 @@ def check(path, image_root="", workers=CPUS):
 
 
 def cache(path, out, size=256, workers=CPUS, image_root=""):
-    """Copies of all images, made smaller once, and a manifest of them; resumes"""
+    """Copies of all images, made smaller once, and a manifest of them; resumes.
+
+    --size is the shorter side in pixels; --image-root replaces every record's root; --workers are
+    processes that read images, 0 for none.
+    """
     manifest = Manifest(path, image_root=image_root)
-    target = Path(out).resolve() / Path(path).name
+    folder = Path(out).resolve() / "images"
+    target = folder.parent / Path(path).name
     expect(target != Path(path).resolve(), out, "another folder than the manifest's")
-    folder = target.parent / "images"
-    folder.mkdir(parents=True, exist_ok=True)
     jobs = [(manifest.image_path(i), folder, size) for i in range(len(manifest))]
-    counts = Counter()
+    unreadable = 0
     with open_atomic(target) as file:
         for i, (copy, why) in enumerate(run_jobs(shrink, jobs, workers, "cache")):
             if why:
                 print(f"wrong: {manifest.where(i)}: {why}", file=sys.stderr)
-                counts["left out, unreadable"] += 1
+                unreadable += 1
                 continue
-            counts["studies"] += 1
             record = manifest[i] | {"root": str(folder), "image": copy.name}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        expect(counts["studies"], path, "images that can be read (is --image-root right?)")
+        expect(unreadable < len(jobs), path, "images that can be read (is --image-root right?)")
     print(target)
-    print_counts(counts)
+    print_counts({"studies": len(jobs) - unreadable, "left out, unreadable": unreadable})
 
 
 def shrink(job):
@@ -1567,52 +1698,38 @@ BUILDERS = {
     "cxr-align": build_cxr_align,
     "phantom": build_phantom,
 }
-FLAGS = {  # the help of each keyword argument; its default stands in the signature
-    "probmed": "ProbMed's test.json: its images and pairs only",
-    "studies": "number of studies",
-    "size": "side in pixels; cache: the shorter one",
-    "seed": "another seed is another data set",
-    "normal_fraction": "share of normal studies, with one of Tab. 1's templates",
-    "duplicates": "normal training studies to add, all with one sentence (Tab. 3)",
-    "image_root": "replaces every record's root",
-    "workers": "processes that read images; 0 for none",
-}
+COMMANDS = {"check": check, "cache": cache}
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="SET|check|cache")
-    for name, run in (BUILDERS | {"check": check, "cache": cache}).items():
-        command = commands.add_parser(name, help=run.__doc__.splitlines()[0],
-                                      description=run.__doc__,
-                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        add = command.add_argument
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, run in (BUILDERS | COMMANDS).items():
+        add = commands.add_parser(name, help=run.__doc__.splitlines()[0], description=run.__doc__,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter
+                                  ).add_argument
         add("path", help="folder of the official download (phantom: to draw into); the manifest")
         if name != "check":
             add("--out", required=True, help="manifest to write (JSON Lines); cache: a folder")
         if name in BUILDERS:
             add("--keep-missing", action="store_true", help="keep studies whose image is not there")
         for flag, parameter in inspect.signature(run).parameters.items():
-            if flag in FLAGS:
-                kind = type(parameter.default)
-                if kind in (int, float):
-                    kind = minimum(0, kind)
-                add(f"--{flag.replace('_', '-')}", type=kind, default=parameter.default,
-                    help=FLAGS[flag])
+            kind = type(parameter.default)  # that of a class where there is none
+            if kind is not type:
+                add(f"--{flag.replace('_', '-')}", type=minimum(0) if kind is int else kind,
+                    default=parameter.default, help="see above")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     options = vars(parse_args(argv))
     name = options.pop("command")
-    if name == "check":
-        check(**options)
-    elif name == "cache":
-        cache(**options)
-    else:
+    if name in BUILDERS:
         counts = write_manifest(name, options.pop("path"), **options)
         print(options["out"])
         print_counts(counts)
+    else:
+        COMMANDS[name](**options)
 
 
 if __name__ == "__main__":

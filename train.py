@@ -45,12 +45,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (
-    GlobalBatches,
     Manifest,
     Studies,
     UserError,
     check_images,
     expect,
+    global_batches,
     make_phantom,
     minimum,
     open_atomic,
@@ -560,8 +560,8 @@ def read_batches(studies, args, step, rank, world):
     def keys():
         first, skipped = divmod(step, len(studies) // args.batch_size)
         for epoch in range(first, args.epochs):
-            for rows in GlobalBatches(len(studies), args.batch_size, args.seed, epoch, rank, world,
-                                      skipped):
+            for rows in global_batches(len(studies), args.batch_size, args.seed, epoch, rank, world,
+                                       skipped):
                 yield from np.array_split(rows, args.accumulate)
             skipped = 0
 
