@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import data
 from data import CONDITIONS, Manifest, Studies, UserError, global_batches, main, pixels, read_image
@@ -504,18 +504,24 @@ def test_errors_name_file_and_line(tmp_path, name, file, old, new, where):
         main([name, str(root), "--out", str(tmp_path / "x.jsonl")])
 
 
-def test_damaged_tables_are_a_value_error_with_their_name(tmp_path):
-    root = mimic(tmp_path)
-    path = root / "mimic-cxr-2.0.0-split.csv.gz"
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="split.csv.gz:.*complete"):
-        main(["mimic", str(root), "--out", str(tmp_path / "x.jsonl")])
-    table = tmp_path / "indiana_reports.csv"
+def test_damaged_tables_are_one_line_with_their_name(tmp_path):
     for text in ("1,n,caf\xe9,\n", '1,n,f,"left\n2,n,f,right\n'):
-        write(table, f"uid,MeSH,findings,impression\n{text}".encode("latin-1"))
+        table = f"uid,MeSH,findings,impression\n{text}"
+        write(tmp_path / "indiana_reports.csv", table, "latin-1")
         # An unclosed quote would make one report of two patients'.
         with pytest.raises(UserError, match="indiana_reports.csv:1: expected a complete .* UTF-8"):
             list(data.Download(tmp_path).table("indiana_reports.csv"))
+    path = mimic(tmp_path) / "mimic-cxr-2.0.0-split.csv.gz"
+    whole = path.read_bytes()
+    for at in range(0, 60, 3):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1:])
+        try:  # of the header's bytes some do not matter
+            list(data.Download(tmp_path).table("mimic-cxr-2.*-split.csv", "dicom_id"))
+        except UserError as error:
+            assert "split.csv.gz:" in str(error) and "\n" not in str(error)
+    path.write_bytes(whole[:-9])
+    with pytest.raises(UserError, match="split.csv.gz:.*complete"):
+        list(data.Download(tmp_path).table("mimic-cxr-2.*-split.csv", "dicom_id"))
 
 
 def test_a_data_set_is_added_by_the_lines_of_the_docstring(tmp_path, monkeypatch, capsys):
@@ -580,20 +586,6 @@ def test_two_images_of_one_name_are_an_error_that_names_both(tmp_path):
     assert "png/a.png" in str(error.value) and "masks/a.png" in str(error.value)
     write(tmp_path / "masks/B.PNG", None).rename(tmp_path / "dicom/B.DCM")
     assert official.image("dicom/B.DCM", folders=1) == "dicom/B.DCM"  # an index of its own
-
-
-def test_a_damaged_gzip_is_one_line(tmp_path):
-    root = mimic(tmp_path)
-    path = root / "mimic-cxr-2.0.0-split.csv.gz"
-    whole = path.read_bytes()
-    for at in range(0, 60, 3):
-        raw = bytearray(whole)
-        raw[at] ^= 0xFF
-        path.write_bytes(raw)
-        try:  # of the header's bytes some do not matter
-            list(data.Download(root).table("mimic-cxr-2.*-split.csv", "dicom_id"))
-        except UserError as error:
-            assert "split.csv.gz:" in str(error) and "\n" not in str(error)
 
 
 def test_a_pipe_in_the_place_of_a_file_is_refused_and_does_not_hang(tmp_path):
@@ -851,31 +843,6 @@ def test_a_mistake_of_ours_is_no_broken_image(tmp_path, monkeypatch):
         studies_of(path, negatives=False, graphs=False)[(0, 0)]
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_damaged_images_are_a_user_error_whatever_the_byte(tmp_path):
-    rng = np.random.default_rng(0)
-    grey = Image.fromarray(rng.integers(0, 255, (20, 24), dtype=np.uint8))
-    files = {"jpg": io.BytesIO(), "png": io.BytesIO(), "dcm": io.BytesIO()}
-    grey.save(files["jpg"], "JPEG")
-    grey.save(files["png"], "PNG")
-    dicom(files["dcm"], np.asarray(grey))
-    broken = Counter()
-    for kind, whole in files.items():
-        for _ in range(120):
-            raw = bytearray(whole.getvalue())
-            if rng.random() < 0.3:
-                del raw[rng.integers(len(raw)) :]
-            else:
-                raw[rng.integers(min(len(raw), 700))] = rng.integers(256)
-            path = write(tmp_path / f"x.{kind}", bytes(raw))
-            try:
-                assert read_image(path).mode == "L"
-            except UserError as error:
-                assert f"x.{kind}: expected" in str(error)
-                broken[kind] += 1
-    assert min(broken[kind] for kind in files) > 10
-
-
 def test_dicom_without_pydicom_says_what_to_install(tmp_path, monkeypatch):
     write(tmp_path / "x.dcm", "x")
     monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
@@ -926,7 +893,7 @@ def test_a_sidecar_with_any_wrong_byte_is_rebuilt(tmp_path):
     path = manifest_of(tmp_path, rows)
     manifest, sidecar = Manifest(path), Path(f"{path}.index.npz")
     whole, rng = sidecar.read_bytes(), np.random.default_rng(0)
-    for _ in range(300):
+    for _ in range(150):
         raw = bytearray(whole)
         if rng.random() < 0.1:
             del raw[rng.integers(len(raw)) :]
@@ -939,26 +906,11 @@ def test_a_sidecar_with_any_wrong_byte_is_rebuilt(tmp_path):
         assert np.array_equal(again.patients, manifest.patients)
 
 
-class Rows(Dataset):
-    """A manifest's ids by row, each read many times."""
-
-    def __init__(self, manifest):
-        self.manifest = manifest
-
-    def __len__(self):
-        return len(self.manifest)
-
-    def __getitem__(self, i):
-        return [self.manifest[i]["id"] for _ in range(20)]
-
-
 def test_forked_workers_read_their_own_rows_of_one_open_file(tmp_path):
-    path = manifest_of(tmp_path, [{"report": "x" * (k * 37 % 5000)} for k in range(200)])
-    loader = DataLoader(Rows(Manifest(path)), batch_size=None, num_workers=2,
-                        multiprocessing_context="fork")  # fmt: skip
-    for _ in range(3):
-        for k, ids in enumerate(loader):
-            assert ids == [f"s/{k}"] * 20
+    path = manifest_of(tmp_path, [{"report": "x" * (k * 37 % 5000)} for k in range(2000)])
+    loader = DataLoader(Manifest(path), batch_size=None, num_workers=2,
+                        multiprocessing_context="fork")
+    assert [row["id"] for row in loader] == [f"s/{k}" for k in range(2000)]
 
 
 def test_the_digest_sees_what_training_reads_and_nothing_else(tmp_path):
@@ -1026,34 +978,31 @@ def test_a_manifest_pickles_small_and_reads_the_same(tmp_path):
     assert copy[1234] == manifest[1234] and copy.image_root == str(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "{",
-        "[1]",
-        '{"id": 1, "image": "a"}',
-        '{"id": "a", "image": "b", "split": "dev"}',
-        '{"id": "a"}',
-        '{"id": "a", "image": "b", "targets": {"Edema": [1]}}',
-        '{"id": "a", "image": "b", "hard_negatives": [{"labels": null}]}',
-        '{"id": "a", "image": "b", "hard_negatives": [7]}',
-        '{"id": "a", "image": "b", "labels": {"Edema": true}}',
-        '{"id": "a", "image": "b", "adversarial": 7}',
-        '{"id": "a", "image": "b", "patient": NaN}',
-        '{"id": "a", "image": "b", "patient": true}',
-        '{"id": "a", "image": "b", "patient": [7]}',
-        '{"id": "a", "image": "b\\u0000"}',
-        '{"id": "a", "image": "b", "root": "/\\u0000"}',
-        '{"id": "a", "image": "b", "report": "\\ud800"}',
-        '{"id": "a", "image": "b", "labels": {"Edema": [1]}}',
-        '{"id": "a", "image": "b", "graph": {"0": []}}',
-        '{"id": "a", "image": "b", "graph": {"entities": []}}',
-        '{"id": "a", "image": "b", "graph": {"0": {"0": {"text": "", "entities": {}}}}}',
-        '{"id": "a", "image": "b", "graph": {"entities": {"1": {"tokens": "x", "label": "OBS-DP", '
-        '"relations": [["modify", ["1"]]]}}}}',
-        "\xff",
-    ],
-)
+@pytest.mark.parametrize("line", [
+    "{",
+    "[1]",
+    '{"id": 1, "image": "a"}',
+    '{"id": "a", "image": "b", "split": "dev"}',
+    '{"id": "a"}',
+    '{"id": "a", "image": "b", "targets": {"Edema": [1]}}',
+    '{"id": "a", "image": "b", "hard_negatives": [{"labels": null}]}',
+    '{"id": "a", "image": "b", "hard_negatives": [7]}',
+    '{"id": "a", "image": "b", "labels": {"Edema": true}}',
+    '{"id": "a", "image": "b", "adversarial": 7}',
+    '{"id": "a", "image": "b", "patient": NaN}',
+    '{"id": "a", "image": "b", "patient": true}',
+    '{"id": "a", "image": "b", "patient": [7]}',
+    '{"id": "a", "image": "b\\u0000"}',
+    '{"id": "a", "image": "b", "root": "/\\u0000"}',
+    '{"id": "a", "image": "b", "report": "\\ud800"}',
+    '{"id": "a", "image": "b", "labels": {"Edema": [1]}}',
+    '{"id": "a", "image": "b", "graph": {"0": []}}',
+    '{"id": "a", "image": "b", "graph": {"entities": []}}',
+    '{"id": "a", "image": "b", "graph": {"0": {"0": {"text": "", "entities": {}}}}}',
+    '{"id": "a", "image": "b", "graph": {"entities": {"1": {"tokens": "x", "label": "OBS-DP", '
+    '"relations": [["modify", ["1"]]]}}}}',
+    "\xff",
+])
 def test_a_bad_line_is_named(tmp_path, line):
     path = manifest_of(tmp_path, [{}])
     path.write_bytes(path.read_bytes() + line.encode("latin-1"))
@@ -1286,6 +1235,9 @@ def test_the_phantom_draws_at_least_ten_conditions_and_normals_as_in_table_1(dra
     assert [row["report"] for row in rows[700:]] == ["No active lung lesion."] * 9
     abnormal = [row["report"] for row in rows[:700] if row["report"] not in data.NORMALS]
     assert len(set(abnormal)) > 0.97 * len(abnormal)
+    pairs = {(row["patient"], row["split"]) for row in rows}  # patients stay in one split
+    assert len({patient for patient, _ in pairs}) == len(pairs) < len(rows)
+    assert Counter(row["split"] for row in rows)["train"] > 0.7 * len(rows)
 
 
 def test_the_labeler_agrees_with_the_phantoms_truth(drawn):
@@ -1327,9 +1279,3 @@ def test_the_phantom_is_reused_until_its_settings_change(tmp_path, monkeypatch):
     assert path.stat().st_mtime_ns > stamps[2]  # it is drawn anew after a change of the code
     stamp = path.stat().st_mtime_ns
     assert data.make_phantom(tmp_path, studies=8, seed=1).stat().st_mtime_ns == stamp
-
-
-def test_patients_of_the_phantom_stay_in_one_split(drawn):
-    pairs = {(row["patient"], row["split"]) for row in drawn}
-    assert len({patient for patient, _ in pairs}) == len(pairs) < len(drawn)
-    assert Counter(row["split"] for row in drawn)["train"] > 0.7 * len(drawn)
