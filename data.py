@@ -124,11 +124,11 @@ def open_file(path):
 
 
 @contextlib.contextmanager
-def open_atomic(path, mode="w"):
+def open_atomic(path, mode="w", sweep=True):
     """Open a temporary file beside path, renamed at the end: path is never half written.
 
-    Folders are made, a link is followed, and what a kill left here a day ago is removed. UserError
-    if path is a device, a pipe or a folder, or if it cannot be written.
+    Folders are made and a link is followed. sweep: first look through the folder for what a kill
+    left there. UserError if path is a device, a pipe or a folder, or if it cannot be written.
     """
     path = Path(path).resolve()
     expect(path.is_file() or not path.exists(), path, "a regular file, or none, to write to")
@@ -136,9 +136,8 @@ def open_atomic(path, mode="w"):
     temporary = f"{path.parent}/.{path.name}.{os.getpid()}.tmp"
     try:
         os.makedirs(path.parent, exist_ok=True)
-        for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            if time.time() - os.path.getmtime(old) > 86_400:  # a day's seconds
-                old.unlink(missing_ok=True)
+        if sweep:
+            remove_leftovers(path)
         with open(temporary, mode, encoding=encoding) as file:
             yield file
             file.flush()
@@ -151,6 +150,14 @@ def open_atomic(path, mode="w"):
     finally:
         with contextlib.suppress(OSError):  # none there, or a folder that is read-only
             os.unlink(temporary)
+
+
+def remove_leftovers(path):
+    """Removes the temporary files of this one that are older than a day."""
+    with contextlib.suppress(OSError):  # another process may do the same
+        for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            if time.time() - os.path.getmtime(old) > 24 * 60 * 60:
+                os.unlink(old)
 
 
 def numbered_lines(file):
@@ -435,6 +442,7 @@ def read_image(path, at_least=None):
 
 def read_dicom(path):
     """A grey image of one frame in DICOM, as its look-up tables and window show it."""
+    # ASSUMPTION: a DICOM image is what its first look-up table or window shows, scaled as any.
     with open_file(path) as file:
         try:
             from pydicom import dcmread, pixels
@@ -601,6 +609,7 @@ def study(name, image, patient, split, **fields):
     """One image, a path below the root, of the study `name`; fields that are None are left out."""
     fields = {key: value for key, value in fields.items() if value is not None}
     return {"study": name, "image": image, "patient": patient, "split": split} | fields
+
 
 CLASS_NAMES = {name.lower(): name for name in CONDITIONS} | {
     "effusion": "Pleural Effusion",
@@ -881,7 +890,8 @@ def build_mimic(official):
             yield "neither findings nor impression"
 
 
-HEADING = r"(?m)^[ \t]*([A-Z][\w ()/,&-]*):(?=\s)"
+# Capitals, or up to four words: prose may hold a colon too.
+HEADING = r"(?m)^[ \t]*([A-Z][A-Z0-9_ ()/,&-]*|[A-Z]\w*(?:[ ,/]+\w+){0,3} ?):(?=\s)"
 # The first row with a word of a heading, misspelt or not, says which section begins there.
 HEADINGS = groups("""
     impression:
@@ -940,12 +950,13 @@ def mimic_report(path):
     text = path.read_text("utf-8", errors="replace")
     first, *pieces = re.split(HEADING, text)  # heading, body, heading, body, ...
     sections = [["preamble", first]]
-    for heading, body in zip(pieces[::2], pieces[1::2], strict=True):
+    while pieces:
+        heading, body, *pieces = pieces
         inside = sections[-1][0] == "findings"
         name = section_of(heading)
         if name == "view":
             name = "findings"
-            if inside and "VIEW" not in heading and "PORTABLE" not in heading:  # CHEST WALL:
+            if inside and not re.search("VIEW|PORTABLE", heading):  # but CHEST WALL
                 name = None
         if name is None and (inside or not heading.isupper()):
             sections[-1][1] += f" {heading}:{body}"
@@ -1577,15 +1588,15 @@ def why_unreadable(path):
         return str(error).removeprefix(f"{path}: ")
 
 
-def run_jobs(function, jobs, workers, title):
+def run_jobs(function, jobs, workers):
     """function over jobs, in order, in so many processes, with a progress bar."""
-    yield from tqdm(parallel(function, jobs, workers), title, len(jobs), disable=None)
+    yield from tqdm(parallel(function, jobs, workers), total=len(jobs), disable=None)
 
 
 def check_images(manifest, workers=0):
     """UserError with the line of the first image that cannot be read."""
     paths = [manifest.image_path(i) for i in range(len(manifest))]
-    for i, why in enumerate(run_jobs(why_unreadable, paths, workers, "images")):
+    for i, why in enumerate(run_jobs(why_unreadable, paths, workers)):
         if why:
             raise UserError(f"{manifest.where(i)}: {why}; python data.py check lists all such "
                             "lines")
@@ -1620,7 +1631,7 @@ def check(path, image_root="", workers=CPUS):
             for field in VALUES:
                 for name, value in record.get(field, {}).items():
                     counts[f"{field}: {name} = {value}"] += 1
-    reasons = run_jobs(why_unreadable, list(images.values()), workers, "images")
+    reasons = run_jobs(why_unreadable, list(images.values()), workers)
     wrong += [f"{where}: {why}" for where, why in zip(images, reasons, strict=True) if why]
     people = len({patient for patient, _ in patients})
     repeated = {"patients are in two splits": len(patients) - people,
@@ -1651,7 +1662,7 @@ def cache(path, out, size=256, workers=CPUS, image_root=""):
     jobs = [(manifest.image_path(i), folder, size) for i in range(len(manifest))]
     unreadable = 0
     with open_atomic(target) as file:
-        for i, (copy, why) in enumerate(run_jobs(shrink, jobs, workers, "cache")):
+        for i, (copy, why) in enumerate(run_jobs(shrink, jobs, workers)):
             if why:
                 print(f"wrong: {manifest.where(i)}: {why}", file=sys.stderr)
                 unreadable += 1
@@ -1678,7 +1689,7 @@ def shrink(job):
         return copy, str(error).removeprefix(f"{image}: ")
     if min(large.size) > size:
         large = ImageOps.cover(large, (size, size), Image.Resampling.LANCZOS)
-    with open_atomic(copy, "wb") as file:
+    with open_atomic(copy, "wb", sweep=False) as file:  # the folder may hold 400,000 others
         large.save(file, "JPEG", quality=95)
     return copy, None
 

@@ -326,8 +326,10 @@ LAYOUTS_OF_REPORTS = [  # "/" begins a line, "//" is a blank one
     ("FINDINGS: Lungs clear.//WET READ VERSION: Maybe.", "Lungs clear."),
     ("Findings: Lungs clear.//Impression: Fine.", "Lungs clear. Fine."),
     ("Indication: Cough.//Final impression: Fine.", "Fine."),
-    ("Findings: Lungs clear./Note that: no prior./IMPRESSION: Fine.",
+    ("Chest, two views: Lungs clear./Note that: no prior./IMPRESSION: Fine.",
      "Lungs clear. Note that: no prior. Fine."),
+    ("FINDINGS: Lungs clear./Comparison with the study of May shows: no change./IMPRESSION: Fine.",
+     "Lungs clear. Comparison with the study of May shows: no change. Fine."),
     ("ADDENDUM: More.//IMPRESSION: Old.//FINAL REPORT//FINDINGS: Lungs clear.//IMPRESSION: New.",
      "Lungs clear. New."),
     ("IMPRESSION: Fine.//ADDENDUM: More.//IMPRESSION:/", "Fine."),
@@ -1210,7 +1212,7 @@ def test_the_cache_sees_that_an_image_changed_and_keeps_equal_names_apart(tmp_pa
 
 def test_a_killed_reading_process_ends_the_work_and_does_not_hang():
     with pytest.raises(UserError, match="^a reading process was killed[^\\n]*$"):
-        list(data.run_jobs(os._exit, [1, 1, 1], 2, "images"))
+        list(data.run_jobs(os._exit, [1, 1, 1], 2))
 
 
 # ---------------------------------------------------------------- the phantom
