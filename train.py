@@ -28,7 +28,6 @@ import json
 import math
 import os
 import resource
-import shlex
 import signal
 import sys
 import time
@@ -70,10 +69,10 @@ SYSTEMS = {
     "clip-ng-dtcg": (True, True, "tcg"), "softclip": (False, False, "softclip"),
 }
 PHANTOM_STUDIES = 2000
-COLLAPSE = 0.8    # warn when a row of soft labels spreads over this share of its columns
+COLLAPSE = 0.8    # warn when a row of soft labels spreads over this share of the batch
 MAX_SKIPPED = 10  # non-finite steps in a row that stop a run
 FREE_ON_RESUME = {"out", "resume", "train", "val", "image_root", "workers", "max_steps",
-                  "checkpoint_every", "row_chunk"}  # other flags change the result
+                  "checkpoint_every"}  # other flags change the result
 RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun started
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 TIMEOUT = datetime.timedelta(hours=1)  # of waiting for a rank, while it validates or hangs
@@ -87,14 +86,13 @@ def build_loss(args):
     """The loss of --system and --framework; a stream that the system lacks has weight 0."""
     _, _, streams = SYSTEMS[args.system]
     if streams == "softclip":  # not letters of streams
-        return SoftCLIPLoss(row_chunk=args.row_chunk)
+        return SoftCLIPLoss()
     kind = DynamicSoftContrastiveLoss
     if args.framework == "sigmoid":
         kind = SigmoidSoftContrastiveLoss
     weights = {"t": args.w_text, "c": args.w_clinical, "g": args.w_graph}
     weights = [weight if letter in streams else 0.0 for letter, weight in weights.items()]
-    return kind(*weights, args.tau_text, args.tau_clinical, args.tau_graph, soft=streams != "",
-                row_chunk=args.row_chunk)
+    return kind(*weights, args.tau_text, args.tau_clinical, args.tau_graph, soft=streams != "")
 
 
 def embed(model, batch, autocast, place, micro):
@@ -153,16 +151,16 @@ def cached_step(model, criterion, batches, autocast, place):
     losses = criterion(**whole, **labels_of(batches))
     losses["loss"].backward()
     for micro, batch in enumerate(batches):
-        exchange = contextlib.nullcontext()
-        if micro < count - 1 and isinstance(model, DistributedDataParallel):
-            exchange = model.no_sync()  # ranks exchange gradients with the last one
-        with exchange:
-            again = embed(model, batch, autocast, place, micro)
-            shares = []
-            for name, x in again.items():
-                gradient = whole[name].grad
-                shares.append(gradient.chunk(count)[micro] if x.dim() == 2 else gradient / count)
-            torch.autograd.backward(list(again.values()), shares)
+        # DistributedDataParallel's switch: ranks exchange gradients with the last micro-batch.
+        model.require_backward_grad_sync = micro == count - 1
+        again = embed(model, batch, autocast, place, micro)
+        shares = []
+        for name, x in again.items():
+            if x.dim() == 2:
+                shares.append(whole[name].grad.chunk(count)[micro])           # (B, D)
+            else:
+                shares.append(whole[name].grad / count)  # of a scalar
+        torch.autograd.backward(list(again.values()), shares)
     return losses
 
 
@@ -270,7 +268,7 @@ def train(args, device):
             numbers = torch.stack(list(losses.values())).tolist()
             values = dict(zip(losses, numbers, strict=True))
             # step, unless a number is bad, which is so on all ranks
-            state["step"] += 1
+            state["step"] = step + 1
             state["unreadable"] += int(values["unreadable"])
             if all(map(math.isfinite, values.values())):
                 optimizer.step()
@@ -280,23 +278,23 @@ def train(args, device):
                 state["skipped"] += 1
                 skipped_in_a_row += 1
             if skipped_in_a_row == MAX_SKIPPED:
-                raise UserError(f"step {state['step']}: {MAX_SKIPPED} steps without finite numbers "
+                raise UserError(f"step {step + 1}: {MAX_SKIPPED} steps without finite numbers "
                                 "(null in log.jsonl): lower --lr")
             # log
             took = time.perf_counter() - began
-            log(folder, step=state["step"], epoch=step // epoch_steps, **values, lr=lr,
+            log(folder, step=step + 1, epoch=step // epoch_steps, **values, lr=lr,
                 skipped=state["skipped"], data_wait=waited / took,
                 images_per_s=args.batch_size / took, memory_mb=memory_mb(device))
             bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False,
                             positives=f"{values['positives_text']:.1f}")
             # checkpoint, also before a validation
-            if state["step"] in epoch_ends:
+            if step + 1 in epoch_ends:
                 warn(values, state["unreadable"], args, path)
                 save("last.pt")
-            elif values["signals"] or state["step"] % args.checkpoint_every == 0:
+            elif values["signals"] or (step + 1) % args.checkpoint_every == 0:
                 save("last.pt")
             if values["signals"]:
-                say(f"a signal came: saved after step {state['step']}; to go on, give the same "
+                say(f"a signal came: saved after step {step + 1}; to go on, give the same "
                     f"command with --out {folder} --resume latest")
                 break
     effective = state["skipped"] < state["step"]
@@ -321,15 +319,11 @@ def warn(values, unreadable, args, path):
     if unreadable:
         say(f"warning: {unreadable} unreadable images were replaced so far; "
             f"python data.py check {path} lists them")
-    columns = args.batch_size
-    negatives, _, _ = SYSTEMS[args.system]
-    if negatives:
-        columns *= 2
     for name in ("text", "graph"):
         value = values.get(f"positives_{name}", 0.0)
-        if value > COLLAPSE * columns:
-            say(f"warning: positives_{name} is {value:.0f} of {columns}: the soft labels have "
-                f"nearly collapsed; raise --tau-{name} (softclip has none)")
+        if value > COLLAPSE * args.batch_size:
+            say(f"warning: positives_{name} is {value:.0f}: the soft labels have nearly collapsed; "
+                f"raise --tau-{name} (softclip has none)")
 
 
 def measure(args, folder, clip, val_rows, step):
@@ -367,7 +361,7 @@ def phantom():
     raw = make_phantom("runs/phantom", studies=PHANTOM_STUDIES)
     path = raw.with_name("phantom_neg.jsonl")
     with open_atomic(path) as file:
-        for _, record in tqdm(read_jsonl(raw), total=PHANTOM_STUDIES, desc="phantom reports"):
+        for _, record in tqdm(read_jsonl(raw), "phantom reports", PHANTOM_STUDIES):
             file.write(json.dumps(annotate(record), ensure_ascii=False) + "\n")
     return str(path)
 
@@ -455,12 +449,10 @@ def load_resumed(args, folder):
     if not checkpoint:
         return None
     saved = load_checkpoint(checkpoint)
-    changed = []
     for name, value in vars(args).items():
         was = saved["flags"].get(name)
-        if was != value and name not in FREE_ON_RESUME:
-            changed.append(f"--{name.replace('_', '-')} was {was!r}, is now {value!r}")
-    expect(not changed, "cannot resume", f"the same flags: {'; '.join(changed)}")
+        expect(was == value or name in FREE_ON_RESUME, f"--{name.replace('_', '-')}",
+               f"{was!r} to resume what was begun with that, got {value!r}")
     if Path(checkpoint).parent != folder:
         saved["val"] = None  # best.pt stayed there
     return saved
@@ -541,10 +533,10 @@ def how_to_evaluate(args, folder, path):
     """The command that evaluates a run, on a split that has rows."""
     splits = Manifest(path).columns["split"]
     split = next(name for name in ("test", "val", "train") if name in splits)
-    words = ["python", "evaluate.py", str(folder), "--data", path, "--split", split]
+    command = f"python evaluate.py {folder} --data {path} --split {split}"
     if args.image_root:
-        words += ["--image-root", args.image_root]
-    return shlex.join(words)
+        command += f" --image-root {args.image_root}"
+    return command
 
 
 # ---------------------------------------------------------------- ranks, signals, errors
@@ -553,14 +545,13 @@ def how_to_evaluate(args, folder, path):
 def start_ranks():
     """Join the process group that torchrun describes. Returns this rank's device."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the loop listens it ends all, silently
-    device = torch.device("cpu")
+    device, backend = "cpu", "gloo"
     if torch.cuda.is_available():
-        device = torch.device("cuda")
+        device, backend = "cuda", "nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if WORLD > 1:
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
-    return device
+    return torch.device(device)
 
 
 def leave_ranks():
@@ -606,17 +597,15 @@ def listen():
 def give_up(error):
     """End with one line where a user can mend it, else with a traceback."""
     message = str(error).rstrip().split("UserError: ")[-1]  # a reading process's has a traceback
-    if isinstance(error, ModelError):
-        message = f"--image-encoder, --text-encoder, --resume: {error}"
-    elif isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError):
         message = ("the GPU's memory is full; raise --accumulate, which keeps the batch and its "
                    "gradient, or lower --batch-size or --image-size")
     elif isinstance(error, (EOFError, ConnectionError)) or "DataLoader worker (pid" in message:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler may raise once more
         message = "a reading process was killed; if memory is short, lower --workers"
-    elif "Connection closed by peer" in message or "Connection reset" in message:  # gloo's
+    elif "by peer" in message:  # gloo's connection was closed or reset
         message = f"rank {RANK} lost another rank, whose message says why"
-    elif not isinstance(error, (UserError, OSError)):  # a bug of ours
+    elif not isinstance(error, (UserError, ModelError, OSError)):  # a bug of ours
         if WORLD == 1:
             raise error
         message = traceback.format_exc()
@@ -633,39 +622,36 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--train", help="manifest with labels and, for N and G systems, hard "
-        "negatives and graphs (negations.py); none: the phantom is drawn into runs/phantom")
+    add("--train", help="manifest that negations.py wrote; none: the phantom, in runs/phantom")
     add("--val", help="manifest whose val rows validate; none: those of --train")
     add("--image-root", help="overrides the manifest's image folder")
     add("--uncertain", choices=("positive", "negative"), default="positive",
         help="what an uncertain label counts as in C")
-    add("--workers", type=minimum(0), default=2, help="reading processes per rank; about the "
-        "number of cores per GPU, 0 to read in between")
+    add("--workers", type=minimum(0), default=2,
+        help="reading processes per rank; about the cores per GPU, 0 to read in between")
     add("--system", choices=SYSTEMS, default="clip-ng-dtcg", help="row of Tab. 2")
     add("--framework", choices=("softmax", "sigmoid"), default="softmax",
         help="Eq. 1-2, or SigLIP's loss with the same soft labels")
     # DIFFERS from Sec. 5.2: small encoders and images are the default; the paper's are flags.
-    add("--image-encoder", default="tiny", metavar="tiny|swin-t|PATH",
-        help="swin-t is the paper's with random weights, PATH a file of torchvision's Swin-T")
-    add("--text-encoder", default="tiny", metavar="tiny|PATH|ID",
-        help="BERT-family folder or hub id; the paper's is emilyalsentzer/Bio_ClinicalBERT")
+    add("--image-encoder", default="tiny",
+        help="tiny, swin-t (the paper's, random) or a file of torchvision's Swin-T weights")
+    add("--text-encoder", default="tiny",
+        help="tiny, a BERT's folder or hub id; the paper's is emilyalsentzer/Bio_ClinicalBERT")
     add("--image-size", type=minimum(32), default=64, help="pixels; the paper's is 224")
     add("--width", type=minimum(1), default=512, help="width D of the joint embedding")
     for stream, tau in DynamicSoftContrastiveLoss().thresholds.items():
         add(f"--w-{stream}", type=minimum(0, float), default=1.0,
             help="weight of the stream in Eq. 10")
+        # At 1 labels are one-hot; positives near the number of texts mean that they collapsed.
         add(f"--tau-{stream}", type=minimum(0, float, below=1), default=tau,
-            help="threshold; start from one at which a report has a few positives (shown beside "
-            "the bar for text) and watch them in log.jsonl: at 1 labels are one-hot, near the "
-            "number of texts they have collapsed")
-    add("--row-chunk", type=minimum(1), help="rows of the loss at a time; fewer save memory")
+            help="threshold; choose one at which log.jsonl's positives are a few")
     # ASSUMPTION: AdamW's rate, schedule, epochs, batch are CXR-CLIP's; tiny encoders get lr 1e-3.
     # DIFFERS from CXR-CLIP: gradients are clipped, norms, biases, temperature do not decay.
     add("--epochs", type=minimum(1), default=15, help="passes over the training rows")
     add("--max-steps", type=minimum(1), help="stop early; the rate still follows --epochs")
     add("--batch-size", type=minimum(2), default=128, help="global batch N, over all ranks")
-    add("--accumulate", type=minimum(1), default=1, help="micro-batches per step and rank: memory "
-        "of one, negatives and gradients of all")
+    add("--accumulate", type=minimum(1), default=1,
+        help="micro-batches per step and rank: memory of one, negatives and gradients of all")
     add("--lr", type=minimum(0, float),
         help="peak learning rate; none: 5e-5, or 1e-3 with two tiny encoders")
     add("--weight-decay", type=minimum(0, float), default=1e-4,
@@ -675,7 +661,7 @@ def parse_args(argv=None):
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 autocasts the encoders")
     add("--seed", type=minimum(0), default=0, help="weights, data order, augmentation, dropout")
     add("--out", help="run folder; none: a fresh one below runs/")
-    add("--resume", help="a checkpoint, or the newest intact one of --out")
+    add("--resume", help="latest, --out's newest intact checkpoint, or one for a new --out")
     add("--checkpoint-every", type=minimum(1), default=500, help="steps between saves")
     args = parser.parse_args(argv)
     if args.resume == "latest" and not args.out:
