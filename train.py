@@ -6,15 +6,20 @@ r"""Train the systems of Tab. 2 (Sec. 5.2, 5.5): `torchrun train.py`, Distribute
 
 In this order: the systems, one step, the loop, main; then data, the run folder, ranks and flags.
 
-A run folder holds config.json, log.jsonl (one JSON object a line; of a step's records the last
-counts), last.pt, previous.pt, best.pt and the tokenizer. All that happens in a step is a function
-of (seed, step): data order, augmentation, drawn hard negatives, dropout. So a checkpoint needs no
-random states, and `--resume latest` continues bit by bit on the CPU with as many ranks as before.
+A run folder holds config.json (with flags and versions), log.jsonl (one JSON object a line; of a
+step's records the last counts), last.pt, previous.pt, best.pt and the tokenizer. All that happens
+in a step is a function of (seed, step): data order, augmentation, drawn hard negatives, dropout. So
+a checkpoint needs no random states, and `--resume latest` with the same flags and training rows
+continues bit by bit on the CPU with as many ranks as before.
 
-Signals: SIGTERM, SIGUSR1 or Ctrl-C at any rank makes all ranks save after the step and leave with
-status 0; torchrun passes SIGTERM and Ctrl-C on by itself, SIGUSR1 with `--signals-to-handle
-SIGTERM,SIGUSR1`, and kills what is left half a minute later. Before the first step a signal ends
-the run at once.
+Signals: on SIGTERM, SIGUSR1 or Ctrl-C at any rank all ranks save after the step, before a
+validation that would follow, and leave. torchrun passes SIGTERM and Ctrl-C on, SIGUSR1 with
+`--signals-to-handle SIGTERM,SIGUSR1`; it then reports a failure, and kills what is left after half
+a minute. Before the first step a signal ends the run at once.
+
+Ranks: --batch-size is global, and N ranks have the gradient of one. `python train.py` does for one
+process. A rank that fails says why and ends at once; torchrun ends the others. On a busy machine
+set OMP_NUM_THREADS=1: threads that wait for each other made a step four times slower.
 
 SPDX-License-Identifier: MIT
 """
@@ -374,8 +379,9 @@ def check_rows(args, path):
     expect(len(rows) >= args.batch_size, path, f"at least --batch-size {args.batch_size} rows "
            f"of split train, got {len(rows)}")
     _, graphs, _ = SYSTEMS[args.system]
-    ready = rows.labelled & (rows.with_graphs | (not graphs))
-    ready &= rows.columns["reports"] != patient_hash("")
+    ready = rows.labelled & (rows.columns["reports"] != patient_hash(""))
+    if graphs:
+        ready &= rows.with_graphs
     expect(ready.all(), rows.where(np.argmin(ready)), "a report that is not empty, labels, and for "
            "G systems a graph, also of each hard negative; run negations.py on it first")
 
@@ -525,8 +531,8 @@ def log(folder, **record):
 def memory_mb(device):
     """Peak memory of this process, on the GPU where there is one."""
     if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated() / 2**20)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+        return torch.cuda.max_memory_allocated() // 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10
 
 
 def how_to_evaluate(args, folder, path):

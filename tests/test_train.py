@@ -3,6 +3,7 @@
 SPDX-License-Identifier: MIT
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -106,8 +107,9 @@ def begin(fault, phantom, out, flags):
     if fault:
         fault()
     run(phantom, out, *flags)
-    tasks = Path("/proc/self/task").iterdir()  # a thread that outlives Python may abort the process
-    assert not [name for task in tasks if "gloo" in (name := (task / "comm").read_text())]
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has ended
+            assert "gloo" not in (thread / "comm").read_text()  # it might abort Python's end
 
 
 def read_log(out):
@@ -182,11 +184,9 @@ def test_every_system_of_table_2_trains_and_logs_its_own_streams(system, phantom
     assert (log[1]["positives_text"] == 1) == (streams == "")
     assert log[2]["loss"] == pytest.approx(sum(log[2][k] for k in terms), rel=1e-5)
     assert negatives == ("n" in system.removeprefix("clip").split("-d")[0])
-
-
-def test_streams_outside_a_system_have_no_weight():
-    args = train.parse_args(["--system", "clip-dt", "--w-clinical", "5"])
-    assert train.build_loss(args).weights == {"text": 1.0, "clinical": 0.0, "graph": 0.0}
+    if system == "clip-dt":  # a stream outside the system has no weight
+        criterion = train.build_loss(train.parse_args(["--system", system, "--w-clinical", "5"]))
+        assert criterion.weights == {"text": 1.0, "clinical": 0.0, "graph": 0.0}
 
 
 @pytest.mark.parametrize("system", ["clip", "clip-ng-dtcg"])
@@ -664,12 +664,6 @@ def test_an_error_of_rank_0_alone_ends_all_ranks(tmp_path):
     assert "Traceback" not in started.read("err", 1)
 
 
-def test_bf16_trains_with_finite_numbers(phantom, tmp_path):
-    log = run(phantom, tmp_path / "run", "--max-steps", "3", "--precision", "bf16")
-    assert log[3]["skipped"] == 0 and log[3]["loss"] > 0
-    assert next(iter(weights(tmp_path / "run").values())).dtype == torch.float32
-
-
 class OneBadRow(Studies):
     """Studies whose pixels are not finite numbers for the rows in `bad_rows`, as a fault would."""
 
@@ -808,9 +802,11 @@ def test_what_a_user_can_mend_is_one_line(error, kind, message):
         train.give_up(error)
 
 
-def test_collapsed_soft_labels_warn_once_an_epoch(phantom, tmp_path, capsys):
-    run(phantom, tmp_path / "run", "--tau-text", "0", "--tau-clinical", "0", "--tau-graph", "0",
-        "--max-steps", "4", "--system", "clip-dtc", "--uncertain", "negative")
+def test_collapsed_soft_labels_warn_once_an_epoch_also_in_bf16(phantom, tmp_path, capsys):
+    log = run(phantom, tmp_path / "run", "--tau-text", "0", "--tau-clinical", "0", "--max-steps",
+              "4", "--system", "clip-dtc", "--uncertain", "negative", "--precision", "bf16")
+    assert log[4]["skipped"] == 0 and log[4]["loss"] > 0
+    assert next(iter(weights(tmp_path / "run").values())).dtype == torch.float32
     assert capsys.readouterr().err.count("warning: positives_text is 12: ") == 1
 
 
@@ -822,7 +818,9 @@ def test_one_validation_study_gives_no_number_and_no_end(phantom, tmp_path, caps
     val = [row for row in rows if row["split"] == "val"]
     path = write(tmp_path / "one.jsonl", [r for r in rows if r["split"] == "train"] + val[:1])
     assert len(run(path, tmp_path / "run")) == 20  # two validations
-    assert last_json(capsys)["finished"]
+    said = capsys.readouterr()
+    assert json.loads(said.out)["finished"] and not json.loads(said.out)["best"]
+    assert said.err.endswith(f"evaluate.py {tmp_path / 'run'} --data {path} --split val\n")
 
 
 RAW = {"image": "a.png", "split": "train", "report": "Clear."}
@@ -847,13 +845,9 @@ MANIFESTS = {
     (["--train", "raw.jsonl"], "raw.jsonl: expected at least --batch-size 128 rows of split train"),
     (["--train", "loose.jsonl"], "loose.jsonl: expected rows of split train, no rows have a split"),
     (["--tau-text", "1"], "--tau-text: expected a number of at least 0 and below 1, got 1"),
-    (["--w-graph", "-1"], "--w-graph: expected a number of at least 0, got -1"),
     (["--system", "softclip", "--framework", "sigmoid"], "--framework sigmoid: has no softclip"),
-    (["--system", "clip-x"], "invalid choice: 'clip-x'"),
     (["--epochs", "0"], "--epochs: expected a whole number of at least 1, got 0"),
     (["--resume", "latest"], "--resume latest: expected --out"),
-    (["--max-steps", "0"], "--max-steps: expected a whole number of at least 1, got 0"),
-    (["--lr", "nan"], "--lr: expected a number of at least 0, got nan"),
     (["--text-encoder", ".", "--batch-size", "12"], "a Hugging Face folder with config.json"),
     (["--batch-size", "9", "--accumulate", "2"], "--batch-size 9: expected a multiple of"),
     (["--batch-size", "12", "--resume", "x.pt"], "x.pt"),
