@@ -227,18 +227,16 @@ def train(args, device):
     skipped_in_a_row = 0
     signals = listen()
     batches = read_batches(studies, args, state["step"], RANK, WORLD)
-    bar = tqdm(range(state["step"], total + 1), args.system, total, initial=state["step"],
-               disable=RANK > 0)
-    with bar:
+    with tqdm(range(state["step"], total + 1), args.system, total, initial=state["step"],
+              disable=RANK > 0) as bar:
         for step in bar:
             # validation, at the end of an epoch
             if step in epoch_ends and state["validated"] < step:
                 state["validated"] = step
-                if len(val_rows):
-                    result = on_rank_0(measure, args, folder, clip, val_rows, step)
-                    if score(result) > score(state["best"]):
-                        state["best"] = {"step": step, **result}
-                        save("best.pt")
+                result = on_rank_0(measure, args, folder, clip, val_rows, step)
+                if score(result) > score(state["best"]):
+                    state["best"] = {"step": step, **result}
+                    save("best.pt")
                 save("last.pt")
             if step == total:
                 break
@@ -332,7 +330,9 @@ def warn(values, unreadable, args, path):
 
 
 def measure(args, folder, clip, val_rows, step):
-    """Zero-shot AUROC and retrieval@5 on the val rows, logged and shown."""
+    """Zero-shot AUROC and retrieval@5 on the val rows, logged and shown; {} without any."""
+    if not len(val_rows):
+        return {}
     result = validate(clip, val_rows, workers=args.workers)
     clip.train()
     log(folder, step=step, val=result)
