@@ -1,7 +1,7 @@
 """Evaluation: every table of the paper, for one model of ours or anyone's (Sec. 5.3-5.7, Tab. 2-6).
 
-    python evaluate.py RUN --task all --data studies.jsonl    measure; print rows and write JSON
-    python evaluate.py --compare A.json B.json ...            one table of many result files
+    python evaluate.py RUN --task all --data studies.jsonl    measure; print tables and write JSON
+    python evaluate.py --compare A.json B.json ...            tables of many result files
 
 RUN is what load_model takes (a run folder, a checkpoint, a Hugging Face CLIP folder) or a Python
 file that defines load(). What is scored is a study's `targets`, else its `labels`; -1 is left out.
@@ -16,11 +16,9 @@ SPDX-License-Identifier: MIT
 
 import argparse
 import contextlib
-import copy
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import platform
 import runpy
@@ -30,7 +28,8 @@ import sys
 import textwrap
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -54,13 +53,14 @@ from data import (
     read_jsonl,
     run_main,
 )
-from loss import DynamicSoftContrastiveLoss, soft_labels
-from model import ModelError, load_model
-from negations import label_report
+from gcn import read_radgraph
+from loss import soft_labels
+from negations import label_report, split_sentences
 
 TIE = 1e-6  # closer cosines are a tie, as float32 cannot tell them apart
 CHUNK = 256  # images compared at once with all texts: 400,000 texts then take 0.4 GB
 ACCURACY_SETS = ("chexpert5x200", "vindr", "cxr14")  # Tab. 2: accuracy; AUC for other sets
+FRACTIONS = (0.1, 1.0)  # Tab. 2: FT10 and FT100, shares of the training patients
 
 
 class Unmeasurable(UserError):
@@ -69,113 +69,105 @@ class Unmeasurable(UserError):
 
 # ---------------------------------------------------------------- the six tasks: Bench -> result
 # A Bench is a model and the rows it is asked about: their images and reports, embedded once, their
-# classes and truth. Each task ends with bench.measure(table, statistics, cells={column of the
-# paper's table: our metric}, ...), which takes means and intervals.
+# classes and truth. Each task ends with bench.measure(rows, metrics, cells={column of the paper's
+# table: our metric}, ...), where metrics(drawn) are those of some of the rows: for the intervals,
+# of rows drawn again and again. The first lines of its docstring stand under its table.
 
 
 def zero_shot(bench):
     """Tab. 2 ZS (Sec. 5.3): score of a class = cos(image, positive) - cos(image, negative prompts).
 
-    Metrics: AUROC, average precision (AP) and accuracy at score > 0 of each class and their means,
-    the same with one pair of prompts a class; CheXpert 5x200's five classes also as one choice.
+    Metrics: AUROC and accuracy at score > 0 of each class and their means; CheXpert 5x200's five
+    classes also as one choice.
     """
     classes = bench.classes
-    truth = bench.truth                                                        # (n, K)
-    both = with_both_labels(classes, truth)
+    both = with_both_labels(classes, bench.truth)
     if not both:
         raise Unmeasurable(f"{bench.where}: no class has both positive and negative images; give "
                            '"targets" of 0 and 1, or label the reports with `python negations.py`')
-    if len(both) < len(classes):
-        bench.notes.append("one class only, so AUROC and AP are NaN and macro averages leave it "
-                           f"out: {', '.join(sorted({*classes} - {*both}))}")
-    rows = with_truth(truth)
-    truth = truth[rows]                                                        # (n, K)
-    positive, negative = class_scores(bench, classes)                          # (all, K) each
-    single_positive, single_negative = class_scores(bench, classes, single=True)
-    statistics = [
-        classification((positive - negative)[rows], truth, classes),
-        classification((single_positive - single_negative)[rows], truth, classes,
-                       "one prompt pair ")]
+    positive, negative = class_scores(bench, classes)                          # (n, K) each
     # ASSUMPTION: Tab. 2's accuracy is the mean over classes, and five-way for CheXpert 5x200.
-    cells = {"ZS AUC": "macro AUROC"}
+    cells = {f"ZS AUC, {len(both)} classes": "macro AUROC"}
+    choice = {}
     if bench.set in ACCURACY_SETS:
-        cells = {"ZS ACC": "macro accuracy"}
-    if bench.set == "chexpert5x200" and not bench.args.conditions:
-        cells = {"ZS ACC": "5-way accuracy"}
-        correct = truth[np.arange(len(truth)), positive[rows].argmax(1)]       # (n,)
-        statistics.append(averages({"5-way accuracy": correct}))
-    return bench.measure(
-        "Tab. 2",
-        statistics,
-        rows,
-        cells=cells,
-        chance={"5-way accuracy": 0.2},
-        prompts={name: bench.prompts(name) for name in classes})
+        cells = {f"ZS ACC, {len(both)} classes": "macro accuracy"}
+    if bench.set == "chexpert5x200":
+        cells = {"ZS ACC, one of 5 classes": "5-way accuracy"}
+        choice = {"5-way accuracy": bench.truth[range(len(bench.truth)), positive.argmax(1)]}
+    return measure_classes(bench, classes, {"": positive - negative}, cells, **choice)
 
 
 def fine_tune(bench):
     """Tab. 2 FT10, FT100 (Sec. 5.3): train rows train, val rows choose, test rows are scored."""
     train, val, test = (bench.of_split(split) for split in SPLITS)
-    chosen = {share: rows_of_share(train.manifest.patients, share, bench.args.seed)
-              for share in sorted(bench.args.fraction)}
-    fewest = min(chosen.values(), key=len)
-    names = with_both_labels(train.classes, train.truth[fewest])
+    chosen = [rows_of_share(train.manifest.patients, share, bench.seed) for share in FRACTIONS]
+    names = with_both_labels(train.classes, train.truth[chosen[0]])
     if not names:
         raise Unmeasurable(f"{train.where}: fine-tune finds no class with positives and negatives "
-                           f'among {len(fewest)} rows; raise --fraction, or give them "targets"')
-    truth = test.columns(names)                                                # (all, K)
-    known = with_truth(truth)
-    statistics = []
+                           f'among {len(chosen[0])} rows; give more of them "targets"')
+    sizes = {}
+    scores = {}
     cells = {}
-    for share, rows in chosen.items():
-        label = f"FT{100 * share:g}"
-        scores = probe_scores(train, val, test, rows, names)[known]            # (n, K)
-        statistics.append(classification(scores, truth[known], names, f"{label} "))
-        cells[f"{label} AUC"] = f"{label} macro AUROC"
-    return test.measure(
-        "Tab. 2",
-        statistics,
+    for share, rows in zip(FRACTIONS, chosen, strict=True):
+        task = f"FT{100 * share:g}"
+        sizes[str(share)] = len(rows)
+        scores[f"{task} "] = probe_scores(train, val, test, rows, names)       # (n, K)
+        cells[f"{task} AUC, {len(names)} classes"] = f"{task} macro AUROC"
+    return measure_classes(test, names, scores, cells) | {"train": sizes}
+
+
+def measure_classes(bench, names, scores, cells, **choice):
+    """The result of scores {prefix of metrics: (n, K)} of some classes, and of a choice (n,)."""
+    truth = bench.columns(names)                                               # (n, K)
+    both = with_both_labels(names, truth)
+    known = np.flatnonzero(~np.isnan(truth).all(1))  # rows with a known class
+
+    def metrics(drawn):
+        rows = known[drawn]
+        result = averages(choice, rows)
+        for prefix, columns in scores.items():
+            for name, value in classification(truth[rows], columns[rows], names, both).items():
+                result[prefix + name] = value
+        return result
+
+    return bench.measure(
         known,
+        metrics,
         cells=cells,
-        chance={},
-        split="test",
-        classes=names,
-        train={str(share): len(rows) for share, rows in chosen.items()})
+        chance={"5-way accuracy": 0.2},
+        classes=names)
 
 
 def normal_case(bench):
-    """Tab. 3 NCD (Sec. 5.5): a normal image's own report must rank before all abnormal ones."""
+    """Tab. 3 NCD (Sec. 5.5): a normal image's own report ranks before all abnormal ones."""
     # ASSUMPTION: the normal report is the study's own, the abnormal ones all that there are.
     truth = bench.columns(["No Finding"])[:, 0]                                # (n,)
-    rows = [i for i in np.flatnonzero(truth == 1) if bench.reports[i]]
-    normal = [bench.reports[i] for i in rows]
-    pool = {bench.reports[i] for i in np.flatnonzero(truth == 0)}
-    pool = sorted(pool - {*normal, ""})
-    if not normal or len(pool) < max(1, bench.args.pool):
-        raise Unmeasurable(f'{bench.where}: normal-case needs a normal study ("No Finding": 1) and '
-                           f"--pool abnormal reports, and has {len(normal)} and {len(pool)}: run "
-                           "negations.py on it, lower --pool or take --split all")
-    np.random.default_rng(bench.args.seed).shuffle(pool)
-    pool = pool[:bench.args.pool or None]
+    rows = np.flatnonzero((truth == 1) & (bench.reports != ""))
+    normal = bench.reports[rows]
+    pool = sorted({*bench.reports[truth == 0]} - {*normal, ""})
+    if not len(rows) or len(pool) < max(1, bench.pool):
+        raise Unmeasurable(f'{bench.where}: normal-case needs "No Finding" in "targets", 1 for a '
+                           "normal study and 0 for --pool abnormal ones, and their reports; found "
+                           f"{len(rows)} and {len(pool)}")
+    np.random.default_rng(bench.seed).shuffle(pool)
+    pool = pool[:bench.pool or None]
     nearer, _ = retrieve(bench.images[rows], bench.texts(normal), bench.texts(pool))
     return bench.measure(
-        "Tab. 3",
-        [averages({"accuracy": nearer == 0})],
         rows,
-        cells={"NCD ACC": "accuracy"},
+        partial(averages, {"accuracy": nearer == 0}),
+        cells={f"NCD ACC, pool {len(pool)}": "accuracy"},
         chance={"accuracy": 1 / (len(pool) + 1)},
         pool=len(pool))
 
 
 def adversarial(bench):
-    """Tab. 4 (Sec. 5.4): a present and an absent class of an image, both decided correctly.
+    """Tab. 4 (Sec. 5.4) ACC, "both": a present and an absent class of an image decided correctly;
+    "centred": the same after each image's scores have lost their mean.
 
-    All findings of an image score high or low together. "centred" takes each image's scores less
-    their mean, and needs no label for it; its chance is that of its scores dealt at random.
+    All findings of an image score high or low together. Centring needs no label; its chance is
+    that of the image's scores dealt at random.
     """
     pairs = bench.pairs or draw_pairs(bench)  # (row, present class, absent class)
-    if bench.args.conditions:
-        pairs = [pair for pair in pairs if {*pair[1:]} <= {*bench.classes}]
     if not pairs:
         raise Unmeasurable(f"{bench.where}: no image has both a present and an absent class; give "
                            '"targets" of 0 and 1 for two or more classes')
@@ -184,103 +176,89 @@ def adversarial(bench):
     positive, negative = class_scores(bench, names)
     scores = (positive - negative)[rows]                                       # (n, K)
     pair = np.searchsorted(names, [present, absent]).T                         # (n, 2)
-    sign = (1, -1)  # above 0 where present, below where absent
-    correct = np.take_along_axis(scores, pair, 1) * sign > TIE                 # (n, 2)
-    columns = {"both": correct.all(1), "present": correct[:, 0], "absent": correct[:, 1]}
-    chance = {"both": 0.25, "present": 0.5, "absent": 0.5}
-    # ASSUMPTION: Tab. 4's row takes scores as they are; nobody can know if 34.4 was centred.
+    both = decided(scores, pair)                                               # (n,)
     scores, dealt = centre(scores, ~np.isnan(bench.columns(names)[rows]))      # (n, K), (n,)
-    centred = np.take_along_axis(scores, pair, 1) * sign                       # (n, 2)
-    reported = ~np.isnan(centred).any(1)                                       # (n,)
-    if reported.any():
-        columns["centred"] = np.where(reported, (centred > TIE).all(1), np.nan)
-        chance["centred"] = float(dealt[reported].mean())
+    centred = decided(scores, pair)                                            # (n,)
+    known = ~np.isnan(centred)
     return bench.measure(
-        "Tab. 4",
-        [averages(columns)],
         rows,
-        cells={"ACC": "both"},
-        chance=chance,
-        n_centred=int(reported.sum()),
-        pairs="of ProbMed" if bench.pairs else "drawn by the seed",
-        prompts={name: bench.prompts(name) for name in names})
+        partial(averages, {"both": both, "centred": centred}),
+        # ASSUMPTION: Tab. 4's ACC takes scores as they are; nobody can know if 34.4 was centred.
+        cells={
+            f"ACC, {len(names)} classes": "both",
+            f"centred, {len(names)} classes": "centred"},
+        chance={
+            "both": 0.25,
+            "centred": ratio(dealt[known].sum(), known.sum())},
+        n_centred=int(known.sum()),
+        pairs="of ProbMed" if bench.pairs else "drawn by the seed")
 
 
 def retrieval(bench):
     """Tab. 5 (Sec. 5.7): image to report among the distinct reports of the split."""
     # ASSUMPTION: a report that repeats is one candidate, and right for each of its images.
-    rows = np.array([i for i, report in enumerate(bench.reports) if report], int)
-    reports = [bench.reports[i] for i in rows]
+    rows = np.flatnonzero(bench.reports != "")
+    reports = bench.reports[rows]
     candidates = {report: k for k, report in enumerate(dict.fromkeys(reports))}
     if len(candidates) < 2:
         raise Unmeasurable(f'{bench.where}: retrieval needs at least two different "report" texts')
     target = [candidates[report] for report in reports]                        # (n,)
     texts = bench.texts(candidates)                                            # (m, D)
     ranks, best = retrieve(bench.images[rows], texts[target], texts)
-    columns = {f"@{k}": ranks <= k for k in (1, 5, 10)}
-    columns["mean rank"] = ranks
     study = rows[np.unique(target, return_index=True)[1]]  # the first with each report
-    retrieved = bench.labels[study[best]] == 1                                 # (n, 14)
-    own = bench.labels[rows] == 1                                              # (n, 14)
-    known = ~np.isnan(bench.labels).any(1)
-    known = (known[rows] & known[study[best]])[:, None]                        # (n, 1)
-    f1 = label_f1(retrieved & known, own & known)
+    own = bench.labels[rows]                                                   # (n, 14)
+    retrieved = bench.labels[study[best]]                                      # (n, 14)
+    known = ~np.isnan(own + retrieved)                                         # (n, 14)
+    own = known & (own == 1)                                                   # (n, 14)
+    retrieved = known & (retrieved == 1)                                       # (n, 14)
+
+    def metrics(drawn):
+        result = precision_recall_f1(own[drawn], retrieved[drawn])
+        result["@5"] = average(ranks[drawn] <= 5)
+        return result
+
     # ASSUMPTION: Tab. 5 does not name its average over labels; the row is micro.
-    cells = {"@5": "@5", "F1": "micro F1", "Recall": "micro recall", "Precision": "micro precision"}
     return bench.measure(
-        "Tab. 5",
-        [averages(columns), median_rank(ranks), f1],
         rows,
-        cells=cells,
-        chance={f"@{k}": min(1, k / len(candidates)) for k in (1, 5, 10)},
+        metrics,
+        cells={
+            "@5": "@5",
+            "F1": "micro F1",
+            "Recall": "micro recall",
+            "Precision": "micro precision"},
+        chance={"@5": min(1, 5 / len(candidates))},
         candidates=len(candidates))
 
 
 def cxr_align(bench):
-    """Tab. 6 (Sec. 5.6): A, the report r over its negation r^n; B, r over r^r (finding left out).
+    """Tab. 6 (Sec. 5.6) A: an image is nearer to its report r than to the negation r^n; swapped A:
+    an image without the finding is nearer to r^n; B: nearer to r than to r^r, the finding left out.
 
-    Equal scores count one half. "swapped A" turns A round: an image without the finding, drawn by
-    the seed, must prefer r^n.
-    Whoever only avoids negations, as Sec. 5.6 suspects, is right in A and wrong here.
+    Equal scores count one half. The other image is drawn by the seed. Whoever only avoids
+    negations, as Sec. 5.6 suspects, is right in A and wrong in swapped A.
     """
-    wanted = bench.args.conditions or CONDITIONS
-    rows = []
-    negatives = []
-    for row in np.flatnonzero(bench.manifest.negatives):
-        negative = bench.manifest[row]["hard_negatives"][0]  # CXR-Align's choice
-        if negative["condition"] in wanted:
-            rows.append(row)
-            negatives.append(negative)
-    if not rows:
-        raise Unmeasurable(f'{bench.where}: no "hard_negatives" of the conditions asked for; make '
-                           "them with `python negations.py IN.jsonl --out OUT.jsonl`")
-    condition = np.array([negative["condition"] for negative in negatives])
+    rows = np.flatnonzero(bench.manifest.negatives)
+    if not len(rows):
+        raise Unmeasurable(f'{bench.where}: no "hard_negatives"; make them with '
+                           "`python negations.py IN.jsonl --out OUT.jsonl`")
+    negatives = [bench.manifest[row]["hard_negatives"][0] for row in rows]  # CXR-Align's choice
     omitted = [negative["omitted"] for negative in negatives]
-    r = bench.texts([bench.reports[i] for i in rows])                          # (n, D)
+    r = bench.texts(bench.reports[rows])                                       # (n, D)
     r_n = bench.texts([negative["report"] for negative in negatives])          # (n, D)
     r_r = bench.texts(omitted)                                                 # (n, D)
     images = bench.images[rows]                                                # (n, D)
-    others = images_without(bench, rows, condition)                            # (n, D)
+    others = images_without(bench, rows, [negative["condition"] for negative in negatives])
     columns = {
         "A": prefers(images, r, r_n),
         "swapped A": prefers(others, r_n, r),
         "B": prefers(images, r, r_r)}
     columns["B"][[not text.strip() for text in omitted]] = np.nan  # CXR-Align has empty ones
-    known = {f"n_{name}": int((~np.isnan(columns[name])).sum()) for name in ("swapped A", "B")}
-    ties = {f"ties {name}": float(np.mean(values == 0.5)) for name, values in columns.items()}
-    known |= {name: share for name, share in ties.items() if share > 0}
-    counts = {name: int((condition == name).sum()) for name in CONDITIONS if name in condition}
-    for name in counts:
-        for task in ("A", "B"):
-            columns[f"{task} {name}"] = np.where(condition == name, columns[task], np.nan)
     return bench.measure(
-        "Tab. 6",
-        [averages(columns)],
         rows,
-        cells={"A": "A", "swapped A": "swapped A", "B": "B"},
+        partial(averages, columns),
+        cells={name: name for name in columns},
         chance=dict.fromkeys(columns, 0.5),
-        conditions=counts,
-        **known)
+        **{f"n_{name}": int((~np.isnan(values)).sum()) for name, values in columns.items()})
 
 
 TASKS = {
@@ -295,11 +273,13 @@ TASKS = {
 def validate(model, manifest, batch_size=64, workers=0):
     """For training: macro zero-shot "auroc" and "retrieval@5", None where they cannot be told."""
     bench = Bench(model, manifest, batch_size=batch_size, workers=workers, resamples=0)
-    result = {"auroc": None, "retrieval@5": None}
-    with contextlib.suppress(Unmeasurable):
-        result["auroc"] = round(zero_shot(bench)["metrics"]["macro AUROC"]["value"], 4)
-    with contextlib.suppress(Unmeasurable):
-        result["retrieval@5"] = round(retrieval(bench)["metrics"]["@5"]["value"], 4)
+    result = {}
+    for name, task, metric in (
+            ("auroc", zero_shot, "macro AUROC"),
+            ("retrieval@5", retrieval, "@5")):
+        result[name] = None
+        with contextlib.suppress(Unmeasurable):
+            result[name] = round(task(bench)["metrics"][metric]["value"], 4)
     return result
 
 
@@ -309,11 +289,6 @@ def validate(model, manifest, batch_size=64, workers=0):
 def with_both_labels(classes, truth):
     """Those of K classes that truth (n, K) has positives and negatives of."""
     return [name for k, name in enumerate(classes) if {0, 1} <= set(truth[:, k])]
-
-
-def with_truth(truth):
-    """Rows of truth (n, K) that something is known of."""
-    return np.flatnonzero(~np.isnan(truth).all(1))
 
 
 def rows_of_share(patients, share, seed):
@@ -338,6 +313,12 @@ def draw_pairs(bench):
     return pairs
 
 
+def decided(scores, pair):
+    """Where scores (n, K) are above 0 for the first class of a pair (n, 2), below for the other."""
+    margin = (np.take_along_axis(scores, pair, 1) * (1, -1)).min(1)            # (n,)
+    return np.where(np.isnan(margin), np.nan, margin > TIE)
+
+
 def centre(scores, scored):
     """Scores (n, K) less their mean over an image's scored findings; NaN where there are under 3.
 
@@ -355,7 +336,7 @@ def centre(scores, scored):
 
 def images_without(bench, rows, condition):
     """Embeddings of images that are without each row's condition (n,): (n, D), NaN for none."""
-    chosen = torch.full((len(rows), bench.images.shape[1]), torch.nan)
+    chosen = torch.full_like(bench.images[rows], torch.nan)
     for k, row in enumerate(rows):
         without = np.flatnonzero(bench.labels[:, CONDITIONS.index(condition[k])] == 0)
         if len(without):
@@ -409,21 +390,14 @@ PROMPT_NOUNS = {  # a class that is not here is called by its name
     "Enlarged PA": "enlarged pulmonary artery"}
 
 
-def prompts(name, single=False):
-    """Our positive and negative prompts of a class, two lists; single: one of each alone."""
+def prompts(name):
+    """Our positive and negative prompts of a class, two lists."""
     if name == "No Finding":  # the mirror image: the findings' negatives against their positives
-        present = []
-        absent = []
-        for finding in CONDITIONS[:-1]:
-            positive, negative = prompts(finding, single)
-            present += positive
-            absent += negative
-        return absent, present
+        positive, negative = zip(*map(prompts, CONDITIONS[:-1]), strict=True)
+        return sum(negative, []), sum(positive, [])
     noun = PROMPT_NOUNS.get(name, name.lower().replace("_", " "))
     positive = [template.format(noun).capitalize() for template in POSITIVE]
     negative = [template.format(noun) for template in NEGATIVE]
-    if single:
-        return positive[:1], negative[:1]
     return positive, negative + NORMAL
 
 
@@ -439,154 +413,100 @@ def read_prompts(path):
     return sides
 
 
-def class_scores(bench, classes, single=False):
+def class_scores(bench, classes):
     """cos(image, positive prompts), cos(image, negative prompts) -> two (n, K) arrays.
 
-    A sigmoid model's bias is left out: it would move both alike. single: one prompt a side.
+    A sigmoid model's bias is left out: it would move both alike.
     """
     scores = []
     for side in (0, 1):
-        ensembles = []
-        for name in classes:
-            # ASSUMPTION: an ensemble is the mean of its normalised embeddings, normalised again.
-            texts = bench.prompts(name, single)[side]
-            mean = bench.texts(texts).mean(0)                                  # (D,)
-            ensembles.append(F.normalize(mean, dim=0))
-        cosines = bench.images @ torch.stack(ensembles).T                      # (n, K)
-        scores.append(cosines.double().numpy())
+        # ASSUMPTION: an ensemble is the mean of its normalised embeddings, normalised again.
+        means = [bench.texts(bench.prompts_of(name)[side]).mean(0) for name in classes]
+        ensembles = F.normalize(torch.stack(means), dim=1)                     # (K, D)
+        scores.append((bench.images @ ensembles.T).double().numpy())           # (n, K)
     return scores
 
 
 # ---------------------------------------------------------------- metrics
-# A statistic is a function of weights (n,), how often each item is drawn, that returns
-# {metric: value}, NaN where nothing can be said. What can be sorted is sorted when it is made.
+# Functions of truth and scores or predictions, in scikit-learn's order; NaN where nothing can be
+# said. For its intervals a metric is called anew on the rows of each resample.
 
 
 def ratio(part, whole):
-    """part / whole of arrays, NaN where both are 0."""
+    """part / whole, NaN where both are 0."""
     with np.errstate(invalid="ignore"):
         return np.true_divide(part, whole)
 
 
-def ranking(scores, truth):
-    """Statistic: AUROC and average precision of one class, as a pair; NaN if one label is drawn.
+def auroc(truth, scores):
+    """How often a positive scores above a negative, a tie counting half; NaN for one label only.
 
-    scores: (n,); truth: (n,), 1 or 0, NaN is left out. Equal scores share one threshold, so a tie
-    counts half in AUROC.
+    truth: (n,), 1 or 0, NaN is left out; scores: (n,).
     """
-    order = np.argsort(-scores)  # the highest score first
-    positive = order[truth[order] == 1]                                        # (p,)
-    negative = order[truth[order] == 0]                                        # (q,)
-    place, other = -scores[positive], -scores[negative]
-    # Of each positive: negatives above it, negatives not below it, positives not below it.
-    above = np.searchsorted(other, place, "left")                              # (p,)
-    level = np.searchsorted(other, place, "right")                             # (p,)
-    reached = np.searchsorted(place, place, "right")                           # (p,)
-
-    def statistic(weights):
-        drawn = weights[positive]                                              # (p,)
-        true = np.append(0, np.cumsum(drawn))                                  # (p + 1,)
-        false = np.append(0, np.cumsum(weights[negative]))                     # (q + 1,)
-        if true[-1] == 0 or false[-1] == 0:
-            return np.nan, np.nan
-        beaten = false[-1] - (false[above] + false[level]) / 2                 # (p,)
-        precision = true[reached] / np.maximum(true[reached] + false[level], 1)  # (p,)
-        return drawn @ beaten / (true[-1] * false[-1]), drawn @ precision / true[-1]
-
-    return statistic
+    positive = np.sort(scores[truth == 1])                                     # (p,)
+    negative = np.sort(scores[truth == 0])                                     # (q,)
+    below = np.searchsorted(negative, positive, "left")                        # (p,)
+    not_above = np.searchsorted(negative, positive, "right")                   # (p,)
+    return ratio((below + not_above).sum(), 2 * len(positive) * len(negative))
 
 
-def averages(columns):
-    """Statistic: the mean of each of {name: (n,)}, NaN entries left out."""
-    values = np.array(list(columns.values()), np.float64)                      # (k, n)
-    known = (~np.isnan(values)).astype(np.float64)                             # (k, n)
-    values = np.nan_to_num(values)                                             # (k, n)
-
-    def statistic(weights):
-        means = ratio(values @ weights, known @ weights)                       # (k,)
-        return dict(zip(columns, means, strict=True))
-
-    return statistic
+def average(values):
+    """The mean of values (n,), NaN entries left out."""
+    return ratio(np.nansum(values), (~np.isnan(values)).sum())
 
 
-def classification(scores, truth, classes, prefix=""):
-    """Statistic: AUROC, AP, accuracy at score > 0 by class; macro over those with both labels.
+def averages(columns, rows):
+    """The means of {name: (n,)} over some rows."""
+    return {name: average(values[rows]) for name, values in columns.items()}
 
-    scores, truth: (n, K), NaN where the truth is not known. prefix: of the metrics' names.
+
+def accuracy(truth, predicted):
+    """The share of right predictions (n,), 1 or 0, where the truth (n,) is known."""
+    return average(np.where(np.isnan(truth), np.nan, predicted == truth))
+
+
+def classification(truth, scores, classes, averaged):
+    """AUROC, and accuracy at score > 0, of K classes, and the mean over those in `averaged`.
+
+    truth, scores: (n, K), NaN where the truth is not known.
     """
-    rankings = [ranking(scores[:, k], truth[:, k]) for k in range(len(classes))]
-    known = (~np.isnan(truth)).astype(np.float64)                              # (n, K)
-    correct = known * ((scores > TIE) == (truth == 1))                         # (n, K)
-    both = np.isin(classes, with_both_labels(classes, truth))                  # (K,)
-
-    def statistic(weights):
-        areas, precisions = np.transpose([rank(weights) for rank in rankings])  # (K,) each
-        metrics = {
-            "AUROC": areas,
-            "AP": precisions,
-            "accuracy": ratio(weights @ correct, weights @ known)}             # (K,)
-        result = {}
-        for metric, values in metrics.items():
-            counted = values[both & ~np.isnan(values)]
-            result[f"{prefix}macro {metric}"] = ratio(counted.sum(), len(counted))
-            for name, value in zip(classes, values, strict=True):
-                result[f"{prefix}{metric} {name}"] = value
-        return result
-
-    return statistic
+    result = {}
+    for k, name in enumerate(classes):
+        result[f"AUROC {name}"] = auroc(truth[:, k], scores[:, k])
+        result[f"accuracy {name}"] = accuracy(truth[:, k], scores[:, k] > TIE)
+    for metric in ("AUROC", "accuracy"):
+        result[f"macro {metric}"] = average([result[f"{metric} {name}"] for name in averaged])
+    return result
 
 
-def label_f1(predicted, truth):
-    """Statistic: CheXbert-style precision, recall, F1 of (n, K) booleans, micro and macro."""
-    counts = np.stack([predicted & truth, predicted, truth])                   # (3, n, K)
-
-    def statistic(weights):
-        macro = weights @ counts                                               # (3, K)
-        result = {}
-        for kind, total in {"micro": macro.sum(1), "macro": macro}.items():
-            both, said, real = total                                           # () or (K,) each
-            metrics = {
-                "F1": ratio(2 * both, said + real),
-                "recall": ratio(both, real),
-                "precision": ratio(both, said)}
-            for name, values in metrics.items():
-                result[f"{kind} {name}"] = np.nan_to_num(values).mean()
-        return result
-
-    return statistic
+def precision_recall_f1(truth, predicted):
+    """CheXbert-style micro averages of (n, K) booleans, 0 where nothing is predicted or true."""
+    both = (truth & predicted).sum()
+    real = truth.sum()
+    said = predicted.sum()
+    return {
+        "micro F1": 2 * both / max(1, said + real),
+        "micro recall": both / max(1, real),
+        "micro precision": both / max(1, said)}
 
 
-def median_rank(ranks):
-    """Statistic: the lower median of ranks (n,)."""
-    order = np.argsort(ranks)
+def bootstrap(metrics, patients, resamples=1000, seed=0):
+    """Values of some metrics and their 95 % percentile intervals, resampled by patient.
 
-    def statistic(weights):
-        drawn = np.cumsum(weights[order])
-        middle = np.searchsorted(drawn, drawn[-1] / 2)
-        return {"median rank": ranks[order][middle]}
-
-    return statistic
-
-
-def resample(patients, resamples, seed):
-    """Yield weights (n,): patients (n,) drawn with replacement, each with all its items."""
+    metrics: a function of row numbers that returns {name: value}. patients: (n,) ids, drawn with
+    replacement, each with all its rows. Returns {name: {"value": float, "interval": [low, high]}},
+    NaN where nothing can be said.
+    """
     names, patient = np.unique(patients, return_inverse=True)                  # (p,), (n,)
     rng = np.random.default_rng(seed)
-    for _ in range(resamples):
-        drawn = rng.integers(0, len(names), len(names))
+    rows = np.arange(len(patient))
+    draws = []
+    for _ in bar(range(resamples), "resamples"):
+        drawn = rng.integers(0, len(names), len(names))                        # (p,)
         times = np.bincount(drawn, minlength=len(names))                       # (p,)
-        yield times[patient]
-
-
-def bootstrap(statistic, patients, resamples=1000, seed=0):
-    """Values of a statistic and their 95 % percentile intervals, resampled by patient.
-
-    patients: (n,) ids. Returns {name: {"value": float, "interval": [low, high]}}, NaN where
-    nothing can be said.
-    """
-    draws = [statistic(weights) for weights in resample(patients, resamples, seed)]
+        draws.append(metrics(np.repeat(rows, times[patient])))
     result = {}
-    for name, value in statistic(np.ones(len(patients))).items():
+    for name, value in metrics(rows).items():
         values = [draw[name] for draw in draws if not np.isnan(draw[name])]
         interval = np.quantile(values or [np.nan], (0.025, 0.975))
         result[name] = {"value": float(value), "interval": interval.tolist()}
@@ -612,15 +532,12 @@ def probe_scores(train, val, test, rows, names):
     probe = nn.Linear(x.shape[1], len(names))
     for parameter in probe.parameters():
         nn.init.zeros_(parameter)
-    best = probe
-    lowest = math.inf
+    logits = {}  # by loss on val
     for l2 in L2_GRID:  # each starts from the last solution
         solve(probe, x, y, l2)
         loss = known_loss(probe(x_val), y_val).item()
-        if loss < lowest:
-            best = copy.deepcopy(probe)
-            lowest = loss
-    return best(x_test).detach().double().numpy()
+        logits[loss] = probe(x_test).detach()                                  # (n, K)
+    return logits[min(logits)].double().numpy()
 
 
 def solve(probe, x, y, l2):
@@ -646,6 +563,11 @@ def known_loss(logits, y):
 # ---------------------------------------------------------------- embeddings
 
 
+def bar(items, title):
+    """A progress bar on a terminal, gone when it is done."""
+    return tqdm(items, title, leave=False, disable=None)
+
+
 def unit_rows(rows):
     """A batch of embeddings (B, D) as float32 unit rows on the CPU."""
     rows = torch.as_tensor(rows).float().cpu()
@@ -654,96 +576,96 @@ def unit_rows(rows):
     return F.normalize(rows, dim=1)
 
 
+@dataclass
 class Bench:
     """One model on one split; every embedding is computed once and shared by the tasks.
 
-    options: as the flags of the same name, but prompts: what read_prompts returns. Raises UserError
-    for an empty split or an unknown class.
+    Keywords are as the flags of the same name, but prompts: what read_prompts returns. Raises
+    UserError for an empty split or an unknown class.
     Of each row: .reports; .ids; .labels (n, 14), 0 or 1, by rule where the row has none, NaN where
-    nothing is known; .truth
-    (n, K) of .classes, what is scored: 1, 0, NaN; .images (n, D), embedded. Of some rows: .pairs
-    (row, present class, absent class). .set is the data set's name, .notes what readers of the
-    results must know.
+    nothing is known; .truth (n, K) of .classes, what is scored: 1, 0, NaN; .images (n, D),
+    embedded. Of some rows: .pairs (row, present class, absent class). .set is the data set's name,
+    .asked the prompts that were used.
     """
 
-    def __init__(self, model, manifest, **options):
-        self.model = model
-        self.manifest = manifest
-        self.args = parse_args([])
-        vars(self.args).update(options)
-        self.where = f"{manifest.path} (split {manifest.split})"
-        self.notes = []
+    model: object
+    manifest: Manifest
+    batch_size: int = 64
+    workers: int = 0
+    resamples: int = 1000
+    seed: int = 0
+    prompts: dict = field(default_factory=dict)
+    pool: int = 0
+
+    def __post_init__(self):
+        self.where = f"{self.manifest.path} (split {self.manifest.split})"
         self.embedded = {}
-        if not len(manifest):
+        self.asked = {}
+        if not len(self.manifest):
             raise Unmeasurable(f"{self.where}: no studies; choose another --split, or write "
                                '"split": "train", "val" or "test" into each line')
         self.device = torch.device("cpu")
-        if isinstance(model, nn.Module):
-            model.eval()
-            self.device = next(model.parameters(), torch.empty(0)).device
-        self.reports = []
+        if isinstance(self.model, nn.Module):
+            self.model.eval()
+            self.device = next(self.model.parameters(), torch.empty(0)).device
         self.ids = []
         self.pairs = []
         self.scored = []
+        reports = []
         labels = []
         official = set()
-        for row in range(len(manifest)):
-            record = manifest[row]
-            self.ids.append(record["id"])
-            self.reports.append(record.get("report", ""))
-            given = record.get("labels") or label_report(self.reports[row])  # as of CXR-Align
+        for row in bar(range(len(self.manifest)), "studies"):
+            record = self.manifest[row]
+            report = record.get("report", "")
+            given = record.get("labels") or label_report(report)  # as of CXR-Align
             vector = label_vector(given)  # uncertain is 1, as in CheXbert's F1
-            labels.append(vector if given else np.full_like(vector, np.nan))
+            if not given:
+                vector[:] = np.nan
+            self.ids.append(record["id"])
+            reports.append(report)
             self.pairs += [(row, *pair) for pair in record.get("adversarial", [])]
             self.scored.append(truth_of(record))
+            labels.append(vector)
             official.update(record.get("targets", {}))
+        self.reports = np.array(reports, object)                               # (n,)
         self.labels = np.stack(labels)                                         # (n, 14)
-        self.set = set_name(self.ids, manifest.path)
+        self.set = set_name(self.ids, self.manifest.path)
         names = official or {name for truth in self.scored for name in truth}
-        self.classes = self.choose_classes(names)
+        others = sorted(names - {*CONDITIONS})
+        known = [*CONDITIONS, *others]
+        self.classes = [name for name in known if name in names]
         self.truth = self.columns(self.classes)                                # (n, K)
-
-    def choose_classes(self, names):
-        """Those of names that --conditions asks for, CheXbert's first and in its order."""
-        names = [name for name in CONDITIONS if name in names] + sorted(names - {*CONDITIONS})
-        wanted = self.args.conditions or names
-        for name in (*wanted, *self.args.prompts):
-            if name not in (*names, *CONDITIONS):
-                raise UserError(f"{self.where}: unknown class {name!r} in --conditions or "
-                                f"--prompts; expected one of {', '.join(names)}")
-        return [name for name in names if name in wanted]
+        for name in self.prompts:
+            expect(name in known, f"--prompts, {name}", f"a class out of {', '.join(known)}")
 
     def columns(self, names):
         """Truth of some classes (n, K): 1, 0, NaN for unknown."""
         truth = [[scored.get(name, -1) for name in names] for scored in self.scored]
-        return np.where(np.less(truth, 0), np.nan, truth).astype(np.float32)
+        truth = np.array(truth, np.float32)
+        truth[truth < 0] = np.nan
+        return truth
 
-    def prompts(self, name, single=False):
+    def prompts_of(self, name):
         """Positive and negative prompts of a class: those of --prompts, else ours."""
-        if name not in self.args.prompts:
-            return prompts(name, single)
-        sides = self.args.prompts[name]
-        if single:
-            return [texts[:1] for texts in sides]
-        return sides
+        self.asked[name] = self.prompts.get(name) or prompts(name)
+        return self.asked[name]
 
     def rng(self, row):
         """Random numbers that depend on the seed and the study, not on the other rows."""
         key = zlib.crc32(self.ids[row].encode())
-        return np.random.default_rng((self.args.seed, key))
+        return np.random.default_rng((self.seed, key))
 
     def of_split(self, split):
         """The same model on another split of the same file."""
         if split == self.manifest.split:
             return self
-        manifest = Manifest(self.manifest.path, split, self.manifest.image_root)
-        return Bench(self.model, manifest, **vars(self.args))
+        return replace(self, manifest=Manifest(self.manifest.path, split, self.manifest.image_root))
 
     def read(self, row):
         """One image through the model's transform; UserError with file and line if it cannot be."""
-        at_least = getattr(self.model, "image_size", 10_000) * 5 // 4  # JPEGs as in training
+        side = np.max(getattr(self.model, "image_size", 10_000))
         try:
-            image = read_image(self.manifest.image_path(row), at_least)
+            image = read_image(self.manifest.image_path(row), side * 5 // 4)  # as in training
         except UserError as error:
             reason = str(error).split(": ")[-1]  # without the path, which may name the patient
             raise UserError(f"{self.manifest.where(row)}: {reason}; `python data.py check` lists "
@@ -753,54 +675,55 @@ class Bench:
     @cached_property
     @torch.no_grad()
     def images(self):
-        """Image embeddings (n, D); threads read one batch ahead."""
+        """Image embeddings (n, D)."""
         rows = range(len(self.manifest))
-        size = self.args.batch_size
         parts = []
-        with ThreadPoolExecutor(max(1, self.args.workers)) as pool:
-            ahead = pool.map(self.read, rows[:size])
-            for start in tqdm(rows[::size], "images", leave=False, delay=1, disable=None):
-                pixels = torch.stack(list(ahead)).to(self.device)              # (B, C, H, W)
-                ahead = pool.map(self.read, rows[start + size:start + 2 * size])
+        with ThreadPoolExecutor(max(1, self.workers)) as pool:
+            for start in bar(rows[::self.batch_size], "images"):
+                batch = pool.map(self.read, rows[start:start + self.batch_size])
+                pixels = torch.stack(list(batch)).to(self.device)              # (B, C, H, W)
                 parts.append(unit_rows(self.model.encode_image(pixels)))
         return torch.cat(parts)
 
     @torch.no_grad()
     def texts(self, texts):
         """Text embeddings (m, D); equal texts are encoded once."""
-        new = sorted(set(texts) - self.embedded.keys(), key=lambda text: (len(text), text))
-        starts = range(0, len(new), self.args.batch_size)  # of like lengths: less padding
-        for start in tqdm(starts, "texts", leave=False, delay=1, disable=None):
-            batch = new[start:start + self.args.batch_size]
+        new = sorted(sorted(set(texts) - self.embedded.keys()), key=len)
+        starts = range(0, len(new), self.batch_size)  # of like lengths: less padding
+        for start in bar(starts, "texts"):
+            batch = new[start:start + self.batch_size]
             rows = unit_rows(self.model.encode_text(batch))
             self.embedded |= zip(batch, rows, strict=True)
         return torch.stack([self.embedded[text] for text in texts])
 
-    def measure(self, table, statistics, rows=slice(None), *, cells, chance, **more):
-        """A task's result: all metrics of some statistics over rows, with intervals.
+    def measure(self, rows, metrics, *, cells, chance, **more):
+        """A task's result: metrics with intervals, and which of them the paper's table has.
 
-        table: of the paper; cells: {its column: metric}; chance: {metric: value}, 0.5 for AUROCs.
+        metrics: as of bootstrap; cells: {column: metric}, where set, split and n are added, so that
+        nothing is compared with its unlike; chance: {metric: value}, 0.5 for AUROCs.
         """
         patients = self.manifest.patients[rows]
-        metrics = {}
-        for statistic in statistics:
-            metrics |= bootstrap(statistic, patients, self.args.resamples, self.args.seed)
-        for name, metric in metrics.items():
+        measured = bootstrap(metrics, patients, self.resamples, self.seed)
+        for name, metric in measured.items():
             metric["chance"] = 0.5 if "AUROC" in name else chance.get(name)
+        heads = {}
+        for column, metric in cells.items():
+            n = more.get(f"n_{metric}", len(rows))
+            heads[f"{self.set} {self.manifest.split} {column} (n={n})"] = metric
         return {
-            "table": table,
-            "cells": cells,
-            "metrics": metrics,
-            "n": len(patients),
+            "cells": heads,
+            "metrics": measured,
+            "n": len(rows),
             "patients": len(np.unique(patients)),
             **more}
 
 
 def set_name(ids, path):
     """SET of ids SET/STUDY, if they are all of one known set; else the file's name."""
-    names = {name.split("/")[0] for name in ids}
-    if len(names) == 1 and names <= BUILDERS.keys():
-        return names.pop()
+    prefixes = {name.split("/")[0] for name in ids}
+    for name in BUILDERS:
+        if prefixes == {name}:
+            return name
     return Path(path).stem  # such ids may name patients
 
 
@@ -816,100 +739,165 @@ def truth_of(record):
 
 # ---------------------------------------------------------------- pictures
 
+CURVES = {  # numbers of log.jsonl
+    "loss": "loss",
+    "auroc": "zero-shot AUROC of validation rows",
+    "retrieval@5": "retrieval@5 of validation rows",
+    "positives_text": "effective positives by text",
+    "positives_clinical": "effective positives by labels",
+    "positives_graph": "effective positives by graph"}
 
-def draw_figures(bench, tasks, log):
-    """Write the pictures of what was measured, and of a run's log, into --figures."""
-    figures = {"soft-labels": draw_soft_labels(bench)}
-    if log.is_file():
-        figures["curves"] = draw_curves(log)
+
+def draw_figures(bench, tasks, run, args):
+    """Write the pictures that the model, the tasks and the flags allow into --figures."""
+    from matplotlib.figure import Figure  # which needs no window
+    drawings = {"images": draw_images}
     if "zero-shot" in tasks:
-        figures["roc"] = draw_roc(bench, tasks["zero-shot"]["metrics"])
-    if "retrieval" in tasks and bench.args.show_reports:
-        figures["retrieval"] = draw_retrieval(bench)
-    folder = Path(bench.args.figures)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", bbox_inches="tight")
-    print(f"wrote {', '.join(figures)} into {folder}")
+        drawings["roc"] = draw_roc
+    if args.show_reports and "retrieval" in tasks:
+        drawings["retrieval"] = draw_retrieval
+    if (run / "log.jsonl").is_file():  # a run of ours
+        drawings |= {"curves": draw_curves, "soft-labels": draw_soft_labels}
+        if args.show_reports and bench.manifest.negatives.any():
+            drawings["method"] = draw_method
+    for name, draw in drawings.items():
+        figure = Figure((14, 12), layout="constrained")
+        draw(figure, bench, run)
+        figure.savefig(f"{args.figures}/{name}.png")
+    print(f"wrote {', '.join(drawings)} into {args.figures}")
 
 
-def panels(count, side):
-    """A picture of matplotlib that needs no window, and its panels, side by side."""
-    from matplotlib.figure import Figure
-    figure = Figure((side * count, side), layout="constrained")
-    return figure, figure.subplots(1, count, squeeze=False)[0]
+def draw_images(figure, bench, run):
+    """The first twelve images with their positive classes."""
+    for row, ax in zip(range(len(bench.ids)), figure.subplots(3, 4).flat, strict=False):
+        show_image(ax, bench, row)
 
 
-def draw_roc(bench, metrics):
-    """Zero-shot ROC curves of all classes."""
-    positive, negative = class_scores(bench, bench.classes)
-    order = np.argsort(negative - positive, axis=0)  # the highest score first
-    truth = np.take_along_axis(bench.truth, order, 0)                          # (n, K)
-    true = np.cumsum(truth == 1, 0)                                            # (n, K)
-    false = np.cumsum(truth == 0, 0)                                           # (n, K)
-    figure, (ax,) = panels(1, side=7)
-    for k, name in enumerate(bench.classes):
-        area = metrics[f"AUROC {name}"]["value"]
-        ax.plot(ratio(false[:, k], false[-1, k]), ratio(true[:, k], true[-1, k]),
-                linewidth=1 + k // 10, label=f"{name} {area:.3f}")
-    ax.set(title="Zero-shot ROC and AUROC", xlabel="1 - specificity", ylabel="sensitivity")
-    ax.legend()
-    return figure
+def show_image(ax, bench, row):
+    ax.imshow(read_image(bench.manifest.image_path(row)), "gray")
+    ax.set_title(findings(bench.scored[row]))
+    ax.set_axis_off()
+
+
+def findings(labels):
+    """The positive classes of {class: 1, 0 or -1} as a caption."""
+    positive = [name for name, value in labels.items() if value == 1]
+    return textwrap.fill(", ".join(positive) or "none", 34)
+
+
+def draw_curves(figure, bench, run):
+    """A run's numbers against steps, with a running mean; a step's last record counts."""
+    log = [record | record.get("val", {}) for _, record in read_jsonl(run / "log.jsonl")]
+    for ax, (name, words) in zip(figure.subplots(2, 3).flat, CURVES.items(), strict=True):
+        points = {record["step"]: record[name] for record in log if record.get(name) is not None}
+        ax.set(title=words, xlabel="step")
+        if points:
+            steps, values = np.array(list(points.items())).T
+            window = 1 + len(steps) // 20
+            running = np.convolve(values, np.full(window, 1 / window), "valid")
+            ax.plot(steps, values, ".", alpha=0.3)
+            ax.plot(steps[window - 1:], running)
 
 
 @torch.no_grad()
-def draw_soft_labels(bench):
-    """y_hat of t, c and g (Fig. 3) of twelve studies: reports, then their hard negatives."""
-    count = min(12, len(bench.reports))
-    sides = [bench.manifest[row] for row in range(count)]
-    for study in sides[:count]:
-        sides += study.get("hard_negatives", [])[:1]
-    labels = np.stack([label_vector(side.get("labels", {})) for side in sides])  # (m, 14)
+def draw_soft_labels(figure, bench, run):
+    """y_hat of text, labels and graph (Eq. 4, 5, 9) of the first twelve studies."""
+    flags = read_json(run / "config.json")["flags"]
+    names = [findings(scored) for scored in bench.scored[:12]]
     streams = {
-        "text": bench.texts([side.get("report", "") for side in sides]),       # (m, D)
-        "clinical": F.normalize(torch.from_numpy(labels), dim=1)}
+        "text": bench.texts(bench.reports[:12]),                               # (m, D)
+        "clinical": F.normalize(torch.tensor(bench.labels[:12]).nan_to_num())}  # (m, 14)
     if hasattr(bench.model, "gcn"):
-        graphs = [side.get("graph", {}) for side in sides]
+        graphs = [bench.manifest[row].get("graph", {}) for row in range(len(names))]
         streams["graph"] = bench.model.encode_graph(graphs).cpu()              # (m, D)
-    thresholds = DynamicSoftContrastiveLoss().thresholds
-    figure, axes = panels(len(streams), side=4)
+    axes = figure.subplots(1, len(streams), sharex=True, sharey=True)
     for ax, (name, x) in zip(axes, streams.items(), strict=True):
-        y = soft_labels(x @ x.T, thresholds[name])                             # (m, m)
-        ax.imshow(y.sqrt().numpy(), "Greys")  # the root, so that small shares show
-        ax.set(title=f"y_{name[0]}: {name}, default tau {thresholds[name]}",
-               xlabel=f"{count} studies, then their hard negatives, if any")
-    return figure
+        tau = flags[f"tau_{name}"]
+        shares = ax.imshow(soft_labels(x @ x.T, tau), "Greys", vmin=0, vmax=1)  # (m, m)
+        ax.set_title(f"soft labels by {name}, tau {tau}")
+    ax.set(xticks=[], yticks=range(len(names)), yticklabels=names)
+    figure.colorbar(shares, ax=axes, shrink=0.5, label="share of a row's target; black: all")
 
 
-def draw_curves(path):
-    """A run's loss, validation metrics and effective positives against steps."""
-    names = ("loss", "auroc", "retrieval@5", "positives_text", "positives_clinical",
-             "positives_graph")
-    log = [record | record.get("val", {}) for _, record in read_jsonl(path)]
-    figure, axes = panels(len(names), side=3)
-    for ax, name in zip(axes, names, strict=True):
-        points = [(record["step"], record[name]) for record in log if record.get(name) is not None]
-        ax.plot(*zip(*points, strict=True))
-        ax.set(title=name, xlabel="step")
-    return figure
+def draw_roc(figure, bench, run):
+    """Zero-shot ROC curves of the classes with both labels."""
+    classes = with_both_labels(bench.classes, bench.truth)
+    positive, negative = class_scores(bench, classes)                          # (n, K) each
+    truths = bench.columns(classes).T                                          # (K, n)
+    columns = (positive - negative).T                                          # (K, n)
+    ax = figure.subplots()
+    for name, truth, scores in zip(classes, truths, columns, strict=True):
+        ordered = truth[np.argsort(-scores)]  # the highest score first
+        true = np.cumsum([0, *(ordered == 1)])                                 # (n + 1,)
+        false = np.cumsum([0, *(ordered == 0)])                                # (n + 1,)
+        ax.plot(false / false[-1], true / true[-1], linewidth=1 + len(ax.lines) // 10,
+                label=f"{name} {auroc(truth, scores):.3f}")
+    ax.plot([0, 1], [0, 1], "k:", label="chance 0.500")
+    ax.set(title="Zero-shot ROC and AUROC", xlabel="1 - specificity", ylabel="sensitivity")
+    ax.legend()
 
 
-def draw_retrieval(bench):
+def draw_retrieval(figure, bench, run):
     """Three images with a finding, their reports and the five that the model ranks first."""
-    texts = [text for text in dict.fromkeys(bench.reports) if text]
+    texts = sorted({*bench.reports} - {""})
     embedded = bench.texts(texts)                                              # (m, D)
     abnormal = np.flatnonzero((bench.labels[:, :-1] == 1).any(1))
-    figure, axes = panels(3, side=5)
-    for row, ax in zip(abnormal, axes, strict=False):
+    axes = figure.subplots(3, 2, width_ratios=(1, 3))
+    for row, (left, right) in zip(abnormal, axes, strict=False):
+        show_image(left, bench, row)
         best = (embedded @ bench.images[row]).argsort(descending=True)[:5]
-        lines = [f"its report: {bench.reports[row]}"]
-        for place, j in enumerate(best, 1):
-            its_own = " (its own)" if texts[j] == bench.reports[row] else ""
-            lines.append(f"{place}{its_own}: {texts[j]}")
-        ax.imshow(read_image(bench.manifest.image_path(row)), "gray")
-        ax.set_axis_off()
-        ax.set_title("\n".join(textwrap.fill(line, 66) for line in lines), loc="left", size=8)
-    return figure
+        own = bench.reports[row]
+        right.set_title("0: its own report, green; 1-5: what the model ranks first", loc="left")
+        for place, text in enumerate([own, *(texts[j] for j in best)]):
+            color = "tab:green" if text == own else "black"
+            write(right, place / 6, f"{place}. {text}", 115, 3, color)
+
+
+def write(ax, place, text, width, lines, color="black"):
+    """A text so far below an axes' upper edge, in at most so many lines."""
+    filled = textwrap.fill(text, width, max_lines=lines)
+    ax.text(0, 1 - place, filled, color=color, va="top", size=11)
+    ax.set_axis_off()
+
+
+def draw_method(figure, bench, run):
+    """One study through Fig. 2 and Fig. 3: r, r^r and r^n, their graphs, then the soft labels."""
+    row = np.flatnonzero(bench.manifest.negatives)[0]
+    study = bench.manifest[row]
+    negative = study["hard_negatives"][0]
+    top, bottom = figure.subfigures(2, 1)
+    image, words, graph, negated = top.subplots(1, 4, width_ratios=(2, 3, 3, 3))
+    show_image(image, bench, row)
+    r_r = negative["omitted"]
+    write(words, 0, f"r, with a [finding]: {mark(r_r, study['report'])}", 44, 9)
+    write(words, 1 / 3, f"r^r, without it: {r_r}", 44, 9)
+    write(words, 2 / 3, f"r^n, with its [denial]: {mark(r_r, negative['report'])}", 44, 9)
+    draw_graph(graph, "graph of r (absent: red)", study.get("graph", {}))
+    draw_graph(negated, "graph of r^n", negative.get("graph", {}))
+    draw_soft_labels(bottom, bench, run)
+
+
+def mark(before, text):
+    """A text with the sentences in [brackets] that are not in the one before."""
+    sentences = []
+    for sentence in split_sentences(text):
+        if sentence not in before:
+            sentence = f"[{sentence}]"
+        sentences.append(sentence)
+    return " ".join(sentences)
+
+
+def draw_graph(ax, title, record):
+    """A RadGraph record as nodes on a circle and edges, absent observations in red."""
+    phrases, labels, edges = read_radgraph(record)
+    places = np.exp(2j * np.pi * np.arange(len(phrases)) / len(phrases))       # (V,)
+    ends = places[np.array(edges, int).reshape(-1, 2)].T                       # (2, E)
+    ax.plot(ends.real, ends.imag, "0.7")
+    for place, phrase, label in zip(places, phrases, labels, strict=True):
+        color = "tab:red" if label == "OBS-DA" else "black"
+        ax.text(place.real, place.imag, phrase, ha="center", color=color, backgroundcolor="white")
+    ax.set(title=title, xlim=(-1.5, 1.5), ylim=(-1.2, 1.2))
+    ax.set_axis_off()
 
 
 # ---------------------------------------------------------------- output
@@ -921,56 +909,52 @@ def provenance():
     git = subprocess.getoutput(f"git -C {here} describe --always --dirty 2>/dev/null")
     versions = {"python": platform.python_version()}
     for name in ("torch", "torchvision", "transformers", "numpy", "pillow"):
-        versions[name] = importlib.metadata.version(name)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a peer's environment
+            versions[name] = importlib.metadata.version(name)
     return {"git": git or None, "versions": versions}
 
 
-def print_metrics(tasks, classes):
-    """Metrics in percent (ranks aside), 95 % interval, chance; none of single classes."""
-    for task, entry in tasks.items():
-        print(f"{task}: {entry['n']} items of {entry['patients']} patients")
-        for name, metric in entry["metrics"].items():
-            if name.endswith((*CONDITIONS, *classes)):
-                continue
-            scale = 1 if "rank" in name else 100
-            value = scale * metric["value"]
-            low, high = (scale * bound for bound in metric["interval"])
-            line = f"  {name:<42}{value:8.1f}  [{low:.1f}, {high:.1f}]"
-            if metric["chance"] is not None:
-                line += f"  chance {100 * metric['chance']:.3g}"
-            print(line)
+def print_table(task, results):
+    """One task in the paper's layout, in percent: a row for each model that has it, and of chance.
 
-
-def table_cells(bench, tasks):
-    """{table: {column: value}}; what makes two numbers unlike stands in the column's name."""
-    tables = {}
-    for entry in tasks.values():
-        more = ""
-        if "pool" in entry:
-            more += f", pool {entry['pool']}"
-        classes = entry.get("prompts") or entry.get("classes")
-        if classes:
-            more += f", {len(classes)} classes"
-        split = entry.get("split", bench.manifest.split)
-        if split != "test":
-            more += f", {split}"
+    Of one model alone there are rows for its classes too, where these are at most 15. Chance is
+    the first model's; that of "centred" scores depends on the model a little.
+    """
+    results = [result for result in results if task in result["tasks"]]
+    if not results:
+        return
+    chances = {}  # by column
+    for result in results:
+        entry = result["tasks"][task]
         for column, metric in entry["cells"].items():
-            n = entry.get(f"n_{metric}", entry["n"])
-            head = f"{bench.set} {column} (n={n}{more})"
-            cells = tables.setdefault(entry["table"], {})
-            cells[head] = entry["metrics"][metric]["value"]
-    return tables
+            chances.setdefault(column, entry["metrics"][metric]["chance"])
+    print_row(task, chances)
+    print_row("---", ["---"] * len(chances))
+    for result in results:
+        entry = result["tasks"][task]
+        names = [entry["cells"].get(column) for column in chances]
+        print_row(result["model"], [cell(entry, name) for name in names])
+    print_row("chance", map(percent, chances.values()))
+    classes = entry.get("classes", [])
+    if len(results) == 1 and len(classes) <= 15:
+        for name in classes:
+            single = [f"{metric} {name}".replace("macro ", "") for metric in names]
+            print_row(name, [cell(entry, metric) for metric in single])
+    meaning = TASKS[task].__doc__.split("\n\n")[0]
+    print(f"\n{' '.join(meaning.split())}\n", flush=True)
 
 
-def print_tables(results):
-    """The paper's tables in Markdown, in percent: a row for each model that has something there."""
-    for title in sorted({title for result in results for title in result["tables"]}):
-        rows = [result for result in results if title in result["tables"]]
-        columns = list(dict.fromkeys(name for row in rows for name in row["tables"][title]))
-        print(f"\n| {title} | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
-        for row in rows:
-            cells = [percent(row["tables"][title].get(name)) for name in columns]
-            print(f"| {row['model']} | {' | '.join(cells)} |")
+def print_row(title, cells):
+    print(f"| {title} | {' | '.join(cells)} |")
+
+
+def cell(entry, name):
+    """A metric with its interval, as "85.0 [83.1, 86.9]"; "-" where there is none."""
+    metric = entry["metrics"].get(name)
+    if metric is None or metric["value"] is None:
+        return "-"
+    low, high = map(percent, metric["interval"])
+    return f"{percent(metric['value'])} [{low}, {high}]"
 
 
 def percent(value):
@@ -980,29 +964,14 @@ def percent(value):
 def read_result(path):
     """A result file; UserError if it is none."""
     result = read_json(path)
-    expect(isinstance(result, dict) and "tables" in result, path, "a result file of evaluate.py")
+    expect(isinstance(result, dict) and "tasks" in result, path, "a result file of evaluate.py")
     return result
-
-
-def write_result(result, args):
-    """Write the result to --out, or into a run folder of ours."""
-    out = args.out
-    if not out and any(Path(args.run).glob("*.pt")):
-        names = [args.task, Path(args.data).stem, args.split]
-        if args.prompts:
-            names.append(args.prompts_name)
-        out = f"{args.run}/results-{'-'.join(names)}.json"
-    if out:
-        done = "replaced" if Path(out).exists() else "wrote"
-        with open_atomic(out) as file:
-            json.dump(result, file, indent=1)
-        print(f"{done} {out}")
 
 
 # ---------------------------------------------------------------- the command line
 
 
-def load_any(path, device):
+def load_any(path):
     """A model from what load_model takes, or from a Python file that defines load().
 
     load() returns an object with encode_image(pixels (B, ...)) and encode_text(list of str), both
@@ -1010,114 +979,124 @@ def load_any(path, device):
     mistake inside the Python file keeps its traceback.
     """
     if not path.endswith(".py"):
+        from model import ModelError, load_model  # a peer's environment may lack what it imports
         try:
-            return load_model(path, device)
+            return load_model(path, "cuda" if torch.cuda.is_available() else "cpu")
         except ModelError as error:
             raise UserError(str(error)) from None
     expect(Path(path).is_file(), path, "a Python file that defines load()")
+    sys.path.insert(0, str(Path(path).resolve().parent))  # what lies beside it is importable
     names = runpy.run_path(path)
     expect("load" in names, path, "a function load()")
     return names["load"]()
 
 
-def parse_args(words):
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      description=__doc__.split("\n\n")[0])
-    parser.add_argument("run", nargs="?",
-                        help="run folder, checkpoint, Hugging Face CLIP, or .py file with load()")
-    add = parser.add_argument_group("data").add_argument
+    add = parser.add_argument
+    add("run", nargs="?",
+        help="run folder, checkpoint, Hugging Face CLIP, or .py file with load()")
     add("--data", metavar="X.jsonl", help="manifest; cxr-align needs one with hard negatives")
     add("--split", default="test", choices=(*SPLITS, "all"),
         help="rows to score, in the paper test; fine-tune uses all three whatever this says")
     add("--image-root", help="where the images are, if not where X.jsonl says")
-    add("--conditions", nargs="+", help="only these classes; None means all")
-    add = parser.add_argument_group("task").add_argument
     add("--task", default="all", choices=(*TASKS, "all"), help="all: whatever X.jsonl allows")
     add("--pool", type=minimum(0), default=0,
         help="normal-case: abnormal reports, 0 for all; paper 2999")
-    add("--fraction", type=minimum(0, float), nargs="+", default=[0.1, 1.0],
-        help="fine-tune: shares of the training patients; the paper's are 0.1 and 1")
-    add("--prompts", metavar="FILE.json", default={}, help="class -> [positive texts, negative "
+    add("--prompts", metavar="FILE.json", help="class -> [positive texts, negative "
         "texts]; classes that are not in it, No Finding too, keep ours")
-    add = parser.add_argument_group("run").add_argument
     add("--compare", nargs="+", help="print the tables of these result files")
     add("--out",
         help="result file; None: results-TASK-MANIFEST-SPLIT(-PROMPTS).json in a run folder RUN")
-    add("--figures",
-        help="draw the run's curves, ROC, soft labels there; needs matplotlib")
+    add("--figures", metavar="DIR",
+        help="draw images, ROC, a run's curves and soft labels there; needs matplotlib")
     add("--show-reports", action="store_true",
-        help="with --figures: what is retrieved for three images too, which shows report text")
+        help="with --figures: retrieval and method too, which show reports")
     add("--batch-size", type=minimum(1), default=64,
         help="items at once; lower it if memory runs out")
     add("--workers", type=minimum(0), default=2,
         help="threads that read images; free cores at most")
     add("--seed", type=minimum(0), default=0, help="of resamples, pools, pairs and fractions")
-    add("--resamples", type=minimum(1), default=1000,
-        help="bootstrap resamples for the intervals; at most 100,000")
-    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    add("--device", default=devices[0], choices=devices,
-        help="where the model runs; a .py file chooses itself")
-    args = parser.parse_args(words)
-    if args.resamples > 100_000:
-        parser.error("--resamples: expected at most 100,000")
-    return args
+    add("--resamples", type=minimum(1, below=100_001), default=1000,
+        help="bootstrap resamples for the intervals")
+    return parser.parse_args(argv)
 
 
-def run_tasks(bench, task):
-    """Results by task; of "all" those that the manifest allows, with a note about the others."""
-    if task != "all":
-        return {task: TASKS[task](bench)}
+def run_tasks(bench, task, model):
+    """Results by task, printed as soon as measured, and why others of "all" were skipped."""
     results = {}
+    skipped = {}  # reason: tasks
     for name, function in TASKS.items():
+        if task not in (name, "all"):
+            continue
         try:
-            results[name] = function(bench)
+            entry = function(bench)
         except UserError as error:  # also an unreadable image: the other tasks' numbers stand
-            bench.notes.append(f"skipped {name}: {error}")
+            skipped.setdefault(str(error), []).append(name)
+            continue
+        entry = json.loads(json.dumps(entry), parse_constant=lambda _: None)  # JSON has no NaN
+        results[name] = entry
+        print_table(name, [{"model": model, "tasks": results}])
+    notes = [f"skipped {', '.join(names)}: {reason}" for reason, names in skipped.items()]
     if not results:
-        raise Unmeasurable("; ".join(bench.notes))
-    return results
+        raise Unmeasurable("; ".join(notes))
+    return results, notes
 
 
 def main(argv=None):
     if int(os.environ.get("RANK", 0)) > 0:  # under torchrun rank 0 evaluates alone
         return
-    words = sys.argv[1:] if argv is None else list(argv)
-    args = parse_args(words)
+    args = parse_args(argv)
     if args.compare:
-        print_tables([read_result(path) for path in args.compare])
+        results = [read_result(path) for path in args.compare]
+        for task in TASKS:
+            print_table(task, results)
         return
     expect(args.run and args.data, "command line", "RUN and --data X.jsonl, or --compare JSON ...")
-    if args.figures and importlib.util.find_spec("matplotlib") is None:  # asked before any work
-        raise UserError("--figures needs matplotlib: pip install matplotlib")
-    expect(not Path(args.figures or ".").is_file(), args.figures, "a folder for pictures")
-    expect(Path(args.out or ".").absolute().parent.is_dir(), args.out, "a file in a folder")
     run = Path(args.run).resolve()
     if run.suffix == ".pt":
         run = run.parent
-    name = run.name
+    prompts = {}
+    suffix = ""
     if args.prompts:
-        args.prompts_name = Path(args.prompts).stem
-        name += f", {args.prompts_name}"
-        args.prompts = read_prompts(args.prompts)
-    manifest = Manifest(args.data, args.split, args.image_root)
-    bench = Bench(load_any(args.run, args.device), manifest, **vars(args))
-    tasks = run_tasks(bench, args.task)
-    print_metrics(tasks, bench.classes)
-    bench.notes.append("values by class are in the result file alone (see --out)")
-    for note in bench.notes:
-        print(f"note: {note}")
-    result = vars(args) | provenance() | {
-        "model": name,
-        "command": shlex.join(["python", "evaluate.py", *words]),
-        "set": bench.set,
-        "tasks": tasks,
-        "tables": table_cells(bench, tasks),
-        "notes": bench.notes}
-    result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # JSON has no NaN
-    print_tables([result])
-    write_result(result, args)
+        prompts = read_prompts(args.prompts)
+        suffix = f"-{Path(args.prompts).stem}"
+    out = args.out
+    if not out and any(Path(args.run).glob("*.pt")):  # a run folder of ours
+        out = f"{args.run}/results-{args.task}-{Path(args.data).stem}-{args.split}{suffix}.json"
+    Path(out or ".").parent.mkdir(parents=True, exist_ok=True)  # before any work
     if args.figures:
-        draw_figures(bench, tasks, run / "log.jsonl")
+        Path(args.figures).mkdir(parents=True, exist_ok=True)
+        expect(importlib.util.find_spec("matplotlib"), "--figures", "matplotlib to be installed")
+    bench = Bench(
+        load_any(args.run),
+        Manifest(args.data, args.split, args.image_root),
+        batch_size=args.batch_size,
+        workers=args.workers,
+        resamples=args.resamples,
+        seed=args.seed,
+        prompts=prompts,
+        pool=args.pool)
+    model = f"{run.name}{suffix}"
+    tasks, notes = run_tasks(bench, args.task, model)
+    for note in notes:
+        print(note)
+    result = vars(args) | provenance() | {
+        "model": model,
+        "command": shlex.join(["python", "evaluate.py", *(argv or sys.argv[1:])]),
+        "set": bench.set,
+        "prompts": bench.asked,
+        "tasks": tasks,
+        "notes": notes}
+    if out:
+        with open_atomic(out) as file:
+            json.dump(result, file, indent=1)
+        print(f"wrote {out}")
+    else:
+        print("not saved; give --out")
+    if args.figures:
+        draw_figures(bench, tasks, run, args)
 
 
 if __name__ == "__main__":

@@ -249,12 +249,6 @@ def test_bad_entities_are_named_by_their_place_without_showing_text(entity, mess
     assert "\n" not in str(caught.value)
 
 
-def test_a_record_has_at_most_two_thousand_entities():
-    assert len(read_radgraph(record(2000))[0]) == 2000
-    with pytest.raises(GraphError, match="expected at most 2000 entities"):
-        read_radgraph(record(2001))
-
-
 def test_a_graph_error_is_a_value_error():
     assert issubclass(GraphError, ValueError)
 

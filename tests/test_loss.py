@@ -54,66 +54,75 @@ def make_batch(B, negatives=True, graphs=True, dtype=torch.float64, seed=0, D=8)
     return {k: v.to(dtype).requires_grad_(not k.endswith("labels")) for k, v in batch.items()}
 
 
+def literal_inputs(batch, weights, thresholds, soft):
+    """v, T = [T1; T2], G = [G1; G2] by name, and (w_k, tau_k, rows) of each stream, in float64."""
+    x = {}
+    for name in ("image", "text", "labels", "graph"):
+        if name in batch:
+            x[name] = batch[name].double()
+        if f"hard_{name}" in batch:
+            x[name] = torch.cat([x[name], batch[f"hard_{name}"].double()])
+    C = torch.stack([c / c.norm() if c.norm() > 0 else c for c in x.pop("labels")])
+    streams = list(zip(weights, thresholds, (x["text"], C, x.get("graph")), strict=True))
+    if "graph" not in x:
+        streams.pop()
+    if not soft:
+        streams = [(1.0, 2.0, x["text"])]  # no similarity is above 2: one-hot
+    return x, streams
+
+
 def literal_loss(batch, scale, w_text, w_clinical, w_graph, tau_text, tau_clinical, tau_graph,
                  soft=True):
     """Eq. 1-10 written out entry by entry, in float64."""
-    rows = {k: v.double() for k, v in batch.items()}
-    B = len(rows["image"])
-    joined = {"image": rows["image"], "text": rows["text"], "labels": rows["labels"],
-              "graph": rows.get("graph")}
-    for name in ("text", "labels", "graph"):
-        if f"hard_{name}" in rows:
-            joined[name] = torch.cat([rows[name], rows[f"hard_{name}"]])
-    C = torch.stack([c / c.norm() if c.norm() > 0 else c for c in joined["labels"]])
-    streams = [(w_text, tau_text, joined["text"]), (w_clinical, tau_clinical, C)]
-    modalities = {k: joined[k] for k in ("image", "text", "graph") if joined[k] is not None}
-    if "graph" in modalities:
-        streams.append((w_graph, tau_graph, joined["graph"]))
+    modalities, streams = literal_inputs(batch, (w_text, w_clinical, w_graph),
+                                         (tau_text, tau_clinical, tau_graph), soft)
+    B = len(batch["image"])
     total = 0.0
-    for a, b in itertools.permutations(modalities, 2):
-        A = modalities[a][:B] if b == "image" else modalities[a]
-        Z = modalities[b][:B] if a != "image" and b == "image" else modalities[b]
-        p = [[sum(A[i] * Z[j]) * scale for j in range(len(Z))] for i in range(len(A))]
-        log_p = [torch.stack(row).log_softmax(0) for row in p]
-        for w, tau, X in streams if soft else [(1.0, None, None)]:
-            kl = 0.0
+    for a, b in itertools.permutations(modalities, 2):  # "we use T1 and G1 ... compared with I"
+        A, Z = modalities[a], modalities[b]
+        if b == "image":
+            A = A[:B]
+        for w, tau, X in streams:
+            L = 0.0
             for i in range(len(A)):
+                logits = torch.stack([scale * sum(A[i] * z) for z in Z])
+                log_p = logits.log_softmax(0)                               # Eq. 1, Eq. 2
                 y = []
                 for j in range(len(Z)):
-                    s = float((X[i] * X[j]).sum().detach()) if soft else 0.0
-                    value = (s - tau) / (1 - tau) if soft and s > tau else 0.0
-                    y.append(1.0 if i == j else value)
-                norm = sum(y)
+                    S = float(sum(X[i] * X[j]).detach())                    # Eq. 3, Eq. 8
+                    value = 0.0
+                    if S > tau:
+                        value = (S - tau) / (1 - tau)                       # Eq. 4, Eq. 5, Eq. 9
+                    if i == j:
+                        value = 1.0
+                    y.append(value)
                 for j in range(len(Z)):
-                    if y[j] > 0:
-                        kl = kl + y[j] / norm * (math.log(y[j] / norm) - log_p[i][j])
-            total = total + w * kl / len(A)
+                    y_hat = y[j] / sum(y)
+                    if y_hat > 0:
+                        L = L + y_hat * (math.log(y_hat) - log_p[j])        # Eq. 6, Eq. 7
+            total = total + w * L / len(A)                                  # Eq. 10
     return total
 
 
 def literal_sigmoid_loss(batch, scale, bias, w_text, w_clinical, w_graph, tau_text, tau_clinical,
                          tau_graph, soft=True):
     """The sigmoid loss entry by entry, in float64."""
-    rows = {k: v.double() for k, v in batch.items()}
-    joined = {k: torch.cat([v, rows[f"hard_{k}"]]) if f"hard_{k}" in rows else v
-              for k, v in rows.items() if not k.startswith("hard")}
-    C = torch.stack([c / c.norm() if c.norm() > 0 else c for c in joined["labels"]])
-    streams = [(w_text, tau_text, joined["text"]), (w_clinical, tau_clinical, C)]
-    if "graph" in joined:
-        streams.append((w_graph, tau_graph, joined["graph"]))
+    x, streams = literal_inputs(batch, (w_text, w_clinical, w_graph),
+                                (tau_text, tau_clinical, tau_graph), soft)
     total = 0.0
-    for a, b in (("image", "text"), ("image", "graph"), ("text", "graph")):
-        if b not in joined:
-            continue
-        for i, j in itertools.product(range(len(joined[a])), range(len(joined[b]))):
-            z = scale * sum(joined[a][i] * joined[b][j]) + bias
-            for w, tau, X in streams if soft else [(1.0, None, None)]:
-                s = float((X[i] * X[j]).sum().detach()) if soft else 0.0
-                y = (s - tau) / (1 - tau) if soft and s > tau else 0.0
-                y = 1.0 if i == j else min(y, 1.0)
-                kl = sum(p * math.log(p) for p in (y, 1 - y) if p > 0)
-                kl = kl - y * F.logsigmoid(z) - (1 - y) * F.logsigmoid(-z)
-                total = total + w * kl / len(joined[a])
+    for a, b in itertools.combinations(x, 2):  # image_text, image_graph, text_graph
+        for i, j in itertools.product(range(len(x[a])), range(len(x[b]))):
+            logit = scale * sum(x[a][i] * x[b][j]) + bias
+            for w, tau, X in streams:
+                S = float(sum(X[i] * X[j]).detach())                        # Eq. 3, Eq. 8
+                y = 0.0
+                if S > tau:
+                    y = min((S - tau) / (1 - tau), 1.0)                     # Eq. 4, Eq. 5, Eq. 9
+                if i == j:
+                    y = 1.0
+                L = sum(p * math.log(p) for p in (y, 1 - y) if p > 0)
+                L = L - y * F.logsigmoid(logit) - (1 - y) * F.logsigmoid(-logit)
+                total = total + w * L / len(x[a])
     return total
 
 
@@ -150,20 +159,24 @@ def test_loss_and_gradients_equal_the_literal_equations(B, negatives, graphs, so
 
 @pytest.mark.parametrize("change", [
     {"w_text": 0.0}, {"w_clinical": 0.0}, {"w_graph": 0.0}, {"w_text": 3.5},
-    {"w_text": 0.0, "w_clinical": 0.0, "w_graph": 0.0},
     {"tau_text": 0.0, "tau_clinical": 0.0, "tau_graph": 0.0},
     {"tau_text": 0.98, "tau_clinical": 0.98, "tau_graph": 0.98},
 ])
 def test_any_weight_and_threshold_equals_the_literal_equations(change):
-    batch, settings = make_batch(16, seed=1), SETTINGS | change
+    batch, settings = make_batch(8, seed=1), SETTINGS | change
     scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
     out, grads = value_and_gradients(DynamicSoftContrastiveLoss(**settings), batch, scale)
     expected = literal_loss(batch, scale, **settings)
     leaves = [v for v in batch.values() if v.requires_grad] + [scale]
-    assert out["loss"].item() == pytest.approx(float(expected.detach()), rel=1e-10, abs=1e-12)
-    if any(settings[w] for w in ("w_text", "w_clinical", "w_graph")):
-        for grad, wanted in zip(grads, torch.autograd.grad(expected, leaves), strict=True):
-            assert relative(grad, wanted) < 1e-9
+    assert out["loss"].item() == pytest.approx(expected.item(), rel=1e-10, abs=1e-12)
+    for grad, wanted in zip(grads, torch.autograd.grad(expected, leaves), strict=True):
+        assert relative(grad, wanted) < 1e-9
+
+
+def test_streams_without_weight_leave_nothing_but_their_positives():
+    batch = {k: x.detach() for k, x in make_batch(5).items()}
+    out = DynamicSoftContrastiveLoss(0.0, 0.0, 0.0)(**batch, logit_scale=3.0)
+    assert out["loss"].item() == 0 and out["positives_text"] > 1
 
 
 def test_one_hot_targets_reduce_to_clip():
@@ -190,20 +203,13 @@ def test_equation_4_by_hand():
     expected = torch.tensor([[2 / 3, 1 / 3, 0], [1 / 3, 2 / 3, 0], [0, 0, 1.0]])
     assert torch.allclose(soft_labels(s, 0.8), expected, atol=1e-6)
     assert torch.allclose(soft_labels(s, 0.0).sum(1), torch.ones(3))
-
-
-def test_soft_labels_keep_the_diagonal_for_rows_without_labels_and_take_no_gradient():
-    c = torch.zeros(3, 14, requires_grad=True)
+    some = soft_labels(s[1:], 0.8, torch.tensor([1, 2]))  # rows of the whole
+    assert torch.equal(some, soft_labels(s, 0.8)[1:])
+    c = torch.zeros(3, 14, requires_grad=True)  # rows without labels keep their diagonal
     y = soft_labels(c @ c.T, 0.5)
     assert torch.equal(y, torch.eye(3)) and not y.requires_grad
     with pytest.raises(ValueError, match=r"threshold: expected a number in \[0, 1\), got 1.0"):
         soft_labels(torch.eye(3), 1.0)
-
-
-def test_soft_labels_of_some_rows_are_those_rows_of_the_whole():
-    x = unit(6, 4, torch.Generator().manual_seed(0))
-    whole = soft_labels(x @ x.T, 0.1)
-    assert torch.equal(soft_labels((x @ x.T)[2:4], 0.1, torch.tensor([2, 3])), whole[2:4])
 
 
 def test_terms_add_up_to_the_loss_and_positives_are_effective_numbers():
@@ -219,7 +225,7 @@ def test_terms_add_up_to_the_loss_and_positives_are_effective_numbers():
     assert not any(v.requires_grad for k, v in out.items() if k != "loss")
 
 
-@pytest.mark.parametrize("row_chunk", [1, 3, 7, 16, 32, 100])
+@pytest.mark.parametrize("row_chunk", [1, 7, 16, 100])
 @pytest.mark.parametrize("negatives,graphs", BOTH)
 def test_row_chunk_changes_neither_values_nor_gradients(row_chunk, negatives, graphs):
     batch = make_batch(16, negatives, graphs)
@@ -229,7 +235,7 @@ def test_row_chunk_changes_neither_values_nor_gradients(row_chunk, negatives, gr
     out, grads = value_and_gradients(chunked, batch, scale)
     assert plain.keys() == out.keys()
     for name in plain:
-        assert float(out[name]) == pytest.approx(float(plain[name]), rel=1e-11), name
+        assert out[name].item() == pytest.approx(plain[name].item(), rel=1e-11), name
     for grad, wanted in zip(grads, plain_grads, strict=True):
         assert relative(grad, wanted) < 1e-11
 
@@ -265,7 +271,7 @@ def test_identical_and_opposite_unit_rows_never_give_nan(criterion):
         x.requires_grad_()
         out = criterion(x, x, torch.zeros(4, 14), 100.0, hard_text=-x,
                         hard_labels=torch.ones(4, 14), graph=x, hard_graph=x)
-        assert math.isfinite(out["loss"])
+        assert out["loss"].isfinite()
         assert torch.autograd.grad(out["loss"], x)[0].isfinite().all()
 
 
@@ -283,15 +289,10 @@ def test_rows_that_overflow_give_a_loss_that_is_not_finite_and_no_error(name, va
     rows = {k: torch.randn(4, 8) for k in ("image", "text", "graph")}
     rows[name][2] = value  # 1e30 is finite, its length is not: F.normalize makes zeros of it
     rows = {k: F.normalize(x, dim=1) for k, x in rows.items()}
-    out = DynamicSoftContrastiveLoss(soft=soft)(**rows, labels=torch.zeros(4, 14), logit_scale=10.0)
-    assert not out["loss"].isfinite()
-
-
-def test_rows_of_infinity_are_no_error():
-    rows = {k: F.normalize(torch.randn(4, 8), dim=1) for k in ("image", "text")}
+    criterion = DynamicSoftContrastiveLoss(soft=soft)
+    assert not criterion(**rows, labels=torch.zeros(4, 14), logit_scale=10.0)["loss"].isfinite()
     rows["image"][1] = float("inf")
-    out = DynamicSoftContrastiveLoss()(**rows, labels=torch.zeros(4, 14), logit_scale=10.0)
-    assert not out["loss"].isfinite()
+    assert not criterion(**rows, labels=torch.zeros(4, 14), logit_scale=10.0)["loss"].isfinite()
 
 
 def test_softclip_targets_are_the_softmax_of_text_similarities():
@@ -301,7 +302,7 @@ def test_softclip_targets_are_the_softmax_of_text_similarities():
     logits = scale * batch["image"] @ batch["text"].T
     expected = sum(F.kl_div(z.log_softmax(1), y, reduction="batchmean")
                    for z in (logits, logits.T))
-    assert out["loss"].item() == pytest.approx(float(expected.detach()), rel=1e-10)
+    assert out["loss"].item() == pytest.approx(expected.item(), rel=1e-10)
 
 
 def scale_and_bias(scale=5.0, bias=-2.0):
@@ -332,7 +333,7 @@ def test_the_sigmoid_loss_of_any_weight_and_threshold_equals_the_double_loop(cha
     batch, scalars = make_batch(7, seed=1), scale_and_bias(bias=0.5)
     out, _ = value_and_gradients(SigmoidSoftContrastiveLoss(**SETTINGS | change), batch, *scalars)
     expected = literal_sigmoid_loss(batch, *scalars, **SETTINGS | change)
-    assert out["loss"].item() == pytest.approx(float(expected), rel=1e-10, abs=1e-12)
+    assert out["loss"].item() == pytest.approx(expected.item(), rel=1e-10, abs=1e-12)
 
 
 def test_the_sigmoid_loss_without_soft_labels_is_siglip():
@@ -363,26 +364,6 @@ def test_sigmoid_positives_are_sums_of_rows_and_terms_add_up():
     assert float(out["positives_text"]) == pytest.approx(32)
     hard, _ = value_and_gradients(SigmoidSoftContrastiveLoss(soft=False), batch, *scale_and_bias())
     assert {float(hard[k]) for k in streams} == {1.0}
-
-
-def costs(bias):
-    """What a pure positive and a pure negative of cosine 0 cost."""
-    criterion = SigmoidSoftContrastiveLoss(soft=False)
-    one, two = (criterion(x.roll(2, 1), x, x, 10.0, bias)["loss"].item()
-                for x in (torch.eye(1, 4), torch.eye(2, 4)))
-    return one, two - one  # 1 positive; 2 positives and 2 negatives over 2 rows
-
-
-def test_at_the_initial_bias_a_negative_is_cheap_and_a_positive_is_not():
-    labels = torch.eye(128)
-    labels[:45] = labels[0]  # as in OpenI, a third is normal and alike, the others differ
-    rows = F.normalize(torch.randn(128, 64, generator=torch.Generator().manual_seed(0)), dim=1)
-    bias = SigmoidSoftContrastiveLoss(w_text=0.0).initial_bias(rows, labels)
-    assert bias == pytest.approx(-1.9, abs=0.1)
-    positive, negative = costs(bias)
-    assert negative < 0.2 and positive > 1.5
-    positive, negative = costs(-bias)  # the wrong sign: noticed
-    assert negative > 1.5 and positive < 0.2
 
 
 def test_the_initial_bias_is_the_logit_of_the_mean_target_within_bounds():
@@ -427,7 +408,6 @@ def test_wrong_arguments_are_named_with_their_shape(change, message):
 @pytest.mark.parametrize("settings,message", [
     ({"tau_text": 1.0}, "thresholds"), ({"w_graph": -1.0}, "weights"),
     ({"w_text": float("nan")}, "weights"),
-    ({"row_chunk": 0}, "row_chunk"),
 ])
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
@@ -523,43 +503,32 @@ def leave_ranks():
     assert not any("gloo" in name for name in threads), threads
 
 
-def run_rank(rank, world, folder, gather=None):
-    """Every case on this rank, saved as WORLD-RANK.pt."""
+def run_rank(rank, world, folder):
+    """Every case on this rank, saved as RANK.pt, and as control-RANK.pt without gradients."""
     warnings.simplefilter("error", FutureWarning)
-    if world > 1:
-        join_ranks(rank, world, folder)
-        loss_module.AllGather = gather or loss_module.AllGather
-    results = {name: train_once(rank, world, *case) for name, case in CASES.items()}
-    torch.save(results, f"{folder}/{world}-{rank}.pt")
-    if world > 1:
-        leave_ranks()
+    join_ranks(rank, world, folder)
+    for file in (f"{rank}.pt", f"control-{rank}.pt"):
+        results = {name: train_once(rank, world, *case) for name, case in CASES.items()}
+        torch.save(results, folder / file)
+        loss_module.AllGather = NoGradGather
+    leave_ranks()
 
 
-def differences(folder, world, gather=None):
-    """Of each rank's every number from that of one rank alone: {case: {name: largest}}."""
-    run_rank(0, 1, folder)
-    mp.spawn(run_rank, (world, folder, gather), nprocs=world)
-    one, worst = torch.load(folder / "1-0.pt"), {}
-    for rank in range(world):
-        many = torch.load(folder / f"{world}-{rank}.pt")
-        for case in one:
-            assert many[case].keys() == one[case].keys()
-            for name in one[case]:
-                worst[case, name] = max(worst.get((case, name), 0.0),
-                                        relative(many[case][name], one[case][name]))
-    return worst
+def difference(of_ranks, case):
+    """The largest difference of any rank's numbers from those of one rank alone."""
+    one = train_once(0, 1, *CASES[case])
+    assert all(many[case].keys() == one.keys() for many in of_ranks)
+    return max(relative(many[case][name], one[name]) for many in of_ranks for name in one)
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_share_one_loss_and_one_gradient(tmp_path, world):
-    for (case, name), difference in differences(tmp_path, world).items():
-        assert difference < 1e-10, (case, name)
-
-
-def test_a_gather_that_stops_gradients_would_be_noticed(tmp_path):
-    worst = differences(tmp_path, 2, NoGradGather)
+    mp.spawn(run_rank, (world, tmp_path), nprocs=world)
+    of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    control = [torch.load(tmp_path / f"control-{rank}.pt") for rank in range(world)]
     for case in CASES:
-        assert max(x for (c, _), x in worst.items() if c == case) > 1e-2, case
+        assert difference(of_ranks, case) < 1e-10, case
+        assert difference(control, case) > 1e-2, case  # a gather that stops gradients is noticed
 
 
 def uneven_rank(rank, folder):
@@ -572,8 +541,6 @@ def uneven_rank(rank, folder):
     hard = {"hard_text": x, "hard_labels": labels} if rank else {}
     with pytest.raises(ValueError, match="same number of arguments"):
         DynamicSoftContrastiveLoss()(x, x, labels, 10.0, **hard)
-    with pytest.raises(ValueError, match="same .* weights, thresholds"):
-        DynamicSoftContrastiveLoss(tau_graph=0.1 * rank)(x, x, labels, 10.0)
     leave_ranks()
 
 

@@ -508,7 +508,6 @@ NODE = XL["entities"]["2"]
     (XL | {"entities": {"1": NODE, "SECRET": NODE | {"label": ["SECRET"]}}}, "entity 2: exp"),
     (XL | {"entities": {"1": NODE, "SECRET": {"tokens": "a", "label": "OBS-U"}}}, "start_ix and"),
     (XL | {"entities": {"SECRET": "SECRET"}}, "entity 1: exp"),
-    (XL | {"entities": {f"SECRET{i}": NODE for i in range(8000)}}, "at most 2000 entities"),
 ])
 def test_a_graph_that_is_no_record_is_an_error_of_its_line(tmp_path, graph, expected):
     records = [{"id": "0", "report": "Effusion.", "graph": XL},
@@ -539,27 +538,15 @@ def manifest(path, studies=300):
 
 def test_output_is_byte_identical_for_any_number_of_workers(tmp_path):
     source = manifest(tmp_path / "in.jsonl")
-    outputs = []
-    for workers in (1, 3):
-        done = run(source, "--out", tmp_path / f"{workers}.jsonl", "--workers", workers)
-        assert done.returncode == 0, done.stderr
-        outputs.append((tmp_path / f"{workers}.jsonl").read_bytes())
-    assert outputs[0] == outputs[1] and outputs[0].count(b"\n") == 300
-    run(source, "--out", tmp_path / "seed.jsonl", "--seed", "1", "--workers", 1)
-    assert (tmp_path / "seed.jsonl").read_bytes() != outputs[0]  # negative control
+    done = run(source, "--out", tmp_path / "3.jsonl", "--workers", 3)
+    assert done.returncode == 0, done.stderr
+    N.main([str(source), "--out", str(tmp_path / "1.jsonl"), "--workers", "1"])
+    N.main([str(source), "--out", str(tmp_path / "seed.jsonl"), "--workers", "1", "--seed", "1"])
+    one, three, seed = (tmp_path.joinpath(f"{name}.jsonl").read_bytes() for name in (1, 3, "seed"))
+    assert one == three and one.count(b"\n") == 300
+    assert seed != one  # negative control
     assert "studies" in done.stdout and "Clip" not in done.stdout + done.stderr  # no report text
-    names = sorted(p.name for p in tmp_path.iterdir())
-    assert names == ["1.jsonl", "3.jsonl", "in.jsonl", "seed.jsonl"]
-
-
-def test_two_runs_with_one_output_both_write_it_whole(tmp_path):
-    source, out = manifest(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
-    command = [sys.executable, N.__file__, str(source), "--out", str(out), "--workers", "1"]
-    runs = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
-    assert [process.communicate() and process.returncode for process in runs] == [0, 0]
-    N.main([str(source), "--out", str(tmp_path / "alone.jsonl"), "--workers", "1"])
-    assert out.read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_an_interrupted_run_leaves_the_old_output(tmp_path):
@@ -615,6 +602,7 @@ def test_workers_leave_with_a_killed_parent(tmp_path):
 
 def test_mistakes_name_file_and_line_and_show_no_report(tmp_path):
     good = json.dumps({"id": "1", "report": "SECRET effusion."})
+    source = tmp_path / "in.jsonl"
     for bad, expected in [("{SECRET", "JSON object"), ('["SECRET"]', "JSON object"),
                           ('{"id": 5, "report": "SECRET"}', "id as str"),
                           ('{"id": "1"}', "an object with id, report"),
@@ -624,13 +612,14 @@ def test_mistakes_name_file_and_line_and_show_no_report(tmp_path):
                            '"1": {"tokens": "a", "label": "OBS-DP"}}}}', "start_ix and relations"),
                           ('{"id": "1", "report": "SECRET", "original_report": null}',
                            "original_report as str")]:
-        source = tmp_path / "in.jsonl"
         source.write_text(f"{good}\n\n{bad}\n")
-        done = run(source, "--out", tmp_path / "out.jsonl", "--workers", 2)
-        assert done.returncode == 2 and done.stderr.startswith(f"error: {source}:3: ")
-        assert expected in done.stderr and done.stderr.count("\n") == 1
-        assert "SECRET" not in done.stdout + done.stderr
+        with pytest.raises(UserError, match=f"^{source}:3: ") as caught:
+            N.main([str(source), "--out", str(tmp_path / "out.jsonl"), "--workers", "1"])
+        message = str(caught.value)
+        assert expected in message and "SECRET" not in message and "\n" not in message
         assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]  # nothing is left
+    done = run(source, "--out", tmp_path / "out.jsonl", "--workers", 2)  # the last, by processes
+    assert done.returncode == 2 and done.stderr == f"error: {message}\n"
     source.write_text(good + "\n")
     os.mkfifo(tmp_path / "fifo")
     for out in (tmp_path, tmp_path / "fifo", "/dev/null"):
@@ -642,8 +631,8 @@ def test_mistakes_name_file_and_line_and_show_no_report(tmp_path):
     source.write_bytes(b'{"id": "\xff"}\n')
     with pytest.raises(ValueError, match="in.jsonl:1: expected one JSON object in UTF-8"):
         list(N.read_jsonl(source))
-    done = run(tmp_path / "none.jsonl", "--out", tmp_path / "out.jsonl")
-    assert done.returncode == 2 and "none.jsonl" in done.stderr
+    with pytest.raises(UserError, match="none.jsonl"):
+        N.main([str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "out.jsonl")])
 
 
 def test_labels_of_the_manifest_can_be_given(tmp_path, capsys):
