@@ -787,6 +787,7 @@ def findings(labels):
 
 def draw_curves(figure, bench, run):
     """A run's numbers against steps, with a running mean; a step's last record counts."""
+    figure.set_size_inches(14, 8)
     log = [record | record.get("val", {}) for _, record in read_jsonl(run / "log.jsonl")]
     for ax, (name, words) in zip(figure.subplots(2, 3).flat, CURVES.items(), strict=True):
         points = {record["step"]: record[name] for record in log if record.get(name) is not None}
@@ -814,7 +815,7 @@ def draw_soft_labels(figure, bench, run):
     for ax, (name, x) in zip(axes, streams.items(), strict=True):
         tau = flags[f"tau_{name}"]
         shares = ax.imshow(soft_labels(x @ x.T, tau), "Greys", vmin=0, vmax=1)  # (m, m)
-        ax.set_title(f"soft labels by {name}, tau {tau}")
+        ax.set_title(f"soft labels, {name} stream, tau {tau}")
     ax.set(xticks=[], yticks=range(len(names)), yticklabels=names)
     figure.colorbar(shares, ax=axes, shrink=0.5, label="share of a row's target; black: all")
 
@@ -862,6 +863,7 @@ def write(ax, place, text, width, lines, color="black"):
 
 def draw_method(figure, bench, run):
     """One study through Fig. 2 and Fig. 3: r, r^r and r^n, their graphs, then the soft labels."""
+    figure.set_size_inches(14, 9)
     row = np.flatnonzero(bench.manifest.negatives)[0]
     study = bench.manifest[row]
     negative = study["hard_negatives"][0]

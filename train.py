@@ -364,11 +364,11 @@ def main(argv=None):
 def phantom():
     """The embedded data set in runs/phantom, annotated anew like any report by today's rules."""
     raw = make_phantom("runs/phantom", studies=PHANTOM_STUDIES)
-    path = raw.with_name("phantom_neg.jsonl")
+    path = "runs/phantom/phantom_neg.jsonl"
     with open_atomic(path) as file:
         for _, record in tqdm(read_jsonl(raw), "phantom reports", PHANTOM_STUDIES):
             file.write(json.dumps(annotate(record), ensure_ascii=False) + "\n")
-    return str(path)
+    return path
 
 
 def check_rows(args, path):
