@@ -42,7 +42,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # noqa: F401, imported later its functions would hold the process group
+import torch.distributed.nn  # noqa: F401, DistributedDataParallel would import it in the run
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -67,11 +67,12 @@ from model import ClinicalCLIP, ModelError, load_checkpoint
 from negations import annotate
 
 # A row of Tab. 2: hard negatives (N), graph stream (G), streams of soft labels (D; none: one-hot).
+# softclip is a peer, with targets of texts that are its own.
 SYSTEMS = {
     "clip": (False, False, ""), "clip-dt": (False, False, "t"), "clip-dtc": (False, False, "tc"),
     "clip-n": (True, False, ""), "clip-n-dtc": (True, False, "tc"),
     "clip-g": (False, True, ""), "clip-g-dtcg": (False, True, "tcg"),
-    "clip-ng-dtcg": (True, True, "tcg"), "softclip": (False, False, "softclip"),
+    "clip-ng-dtcg": (True, True, "tcg"), "softclip": (False, False, "t"),
 }
 PHANTOM_STUDIES = 2000
 COLLAPSE = 0.8    # warn when a row of soft labels spreads over this share of the batch
@@ -89,20 +90,24 @@ HEEDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # answered by saving a
 
 def build_loss(args):
     """The loss of --system and --framework; a stream that the system lacks has weight 0."""
-    _, _, streams = SYSTEMS[args.system]
-    if streams == "softclip":  # not letters of streams
+    if args.system == "softclip":
         return SoftCLIPLoss()
+    _, _, streams = SYSTEMS[args.system]
     kind = DynamicSoftContrastiveLoss
     if args.framework == "sigmoid":
         kind = SigmoidSoftContrastiveLoss
-    weights = {"t": args.w_text, "c": args.w_clinical, "g": args.w_graph}
-    weights = [weight if letter in streams else 0.0 for letter, weight in weights.items()]
+    weights = []
+    for letter, weight in (("t", args.w_text), ("c", args.w_clinical), ("g", args.w_graph)):
+        weights.append(weight if letter in streams else 0.0)
     return kind(*weights, args.tau_text, args.tau_clinical, args.tau_graph, soft=streams != "")
 
 
-def embed(model, batch, autocast, place, micro):
-    """Fig. 3's encoders: unit rows (B, D) by name, and the scalars logit_scale, logit_bias."""
-    seed_step(*place, micro)
+def embed(model, batch, autocast, key, micro):
+    """Fig. 3's encoders: unit rows (B, D) by name, and the scalars logit_scale, logit_bias.
+
+    key: (seed, step, rank), of which all that is random in a step is a function.
+    """
+    seed_step(*key, micro)
     with autocast:
         return model(batch)
 
@@ -119,30 +124,28 @@ def labels_of(batches):
     return {name: torch.cat([batch[name] for batch in batches]) for name in names}
 
 
-def plain_step(model, criterion, batch, autocast, place):
-    """One batch forward and backward: leaves gradients, returns the loss's dict.
-
-    place: (seed, step, rank), of which all that is random is a function.
-    """
-    losses = criterion(**embed(model, batch, autocast, place, 0), **labels_of([batch]))
+def plain_step(model, criterion, batch, autocast, key):
+    """One batch forward and backward: leaves gradients, returns the loss's dict."""
+    losses = criterion(**embed(model, batch, autocast, key, 0), **labels_of([batch]))
     losses["loss"].backward()
     return losses
 
 
 @torch.no_grad()
-def embed_all(model, batches, autocast, place):
+def embed_all(model, batches, autocast, key):
     """`embed` of all micro-batches together, without recording gradients."""
-    embedded = [embed(model, batch, autocast, place, micro)
+    embedded = [embed(model, batch, autocast, key, micro)
                 for micro, batch in enumerate(batches)]
     whole = {}
     for name, x in embedded[0].items():
-        whole[name] = x.clone()  # a scalar
         if x.dim() == 2:
             whole[name] = torch.cat([micro[name] for micro in embedded])      # (B, D)
+        else:
+            whole[name] = x.clone()  # logit_bias is the parameter itself
     return whole
 
 
-def cached_step(model, criterion, batches, autocast, place):
+def cached_step(model, criterion, batches, autocast, key):
     """The same gradients from micro-batches, with the memory of one: gradient caching.
 
     Embed all without recording gradients; take the loss of all rows together, and its gradient with
@@ -150,7 +153,7 @@ def cached_step(model, criterion, batches, autocast, place):
     its share of that gradient through the encoders. So every negative of the batch is kept.
     """
     count = len(batches)
-    whole = embed_all(model, batches, autocast, place)
+    whole = embed_all(model, batches, autocast, key)
     for x in whole.values():
         x.requires_grad_()
     losses = criterion(**whole, **labels_of(batches))
@@ -158,7 +161,7 @@ def cached_step(model, criterion, batches, autocast, place):
     for micro, batch in enumerate(batches):
         # DistributedDataParallel's switch: ranks exchange gradients with the last micro-batch.
         model.require_backward_grad_sync = micro == count - 1
-        again = embed(model, batch, autocast, place, micro)
+        again = embed(model, batch, autocast, key, micro)
         shares = []
         for name, x in again.items():
             if x.dim() == 2:
@@ -210,7 +213,9 @@ def train(args, device):
     if saved:
         state = take_up(saved, clip, optimizer, digests)
     epoch_steps = len(studies) // args.batch_size
-    total = max(state["step"], min(args.epochs * epoch_steps, args.max_steps or sys.maxsize))
+    total = args.epochs * epoch_steps
+    if args.max_steps:
+        total = max(state["step"], min(total, args.max_steps))
     epoch_ends = {total, *range(epoch_steps, total, epoch_steps)}
     if state["validated"] < total:
         on_rank_0(start_record, args, folder, clip, studies, val_rows)
@@ -230,7 +235,7 @@ def train(args, device):
     with tqdm(range(state["step"], total + 1), args.system, total, initial=state["step"],
               disable=RANK > 0) as bar:
         for step in bar:
-            # validation, at the end of an epoch
+            # validation, at the end of an epoch: here, so that a resumed run makes up for it
             if step in epoch_ends and state["validated"] < step:
                 state["validated"] = step
                 result = on_rank_0(measure, args, folder, clip, val_rows, step)
@@ -252,24 +257,25 @@ def train(args, device):
                 group["lr"] = lr
             # forward + loss + backward
             optimizer.zero_grad()
-            place = (args.seed, step, RANK)
+            key = (args.seed, step, RANK)
             if args.accumulate == 1:
-                losses = plain_step(model, criterion, micro[0], autocast, place)
+                losses = plain_step(model, criterion, micro[0], autocast, key)
             else:
-                losses = cached_step(model, criterion, micro, autocast, place)
-            losses["grad_norm"] = torch.nn.utils.clip_grad_norm_(clip.parameters(), args.clip)
-            losses["temperature"] = 1 / clip.logit_scale.exp()  # the parameter is a logarithm
+                losses = cached_step(model, criterion, micro, autocast, key)
+            grad_norm = torch.nn.utils.clip_grad_norm_(clip.parameters(), args.clip)
+            temperature = 1 / clip.logit_scale.exp()  # the parameter is a logarithm
+            numbers = losses | {"grad_norm": grad_norm, "temperature": temperature}
             if args.framework == "sigmoid":
-                losses["logit_bias"] = clip.logit_bias
+                numbers["logit_bias"] = clip.logit_bias
             # the numbers of all ranks in one copy: only here a step waits for the device
             bad = sum(batch["bad"] for batch in micro)
             counts = torch.tensor([len(signals), bad], dtype=torch.float32)
             counts = counts.to(device, non_blocking=True)
             if WORLD > 1:
                 dist.all_reduce(counts)
-            losses["signals"], losses["unreadable"] = counts
-            numbers = torch.stack(list(losses.values())).tolist()
-            values = dict(zip(losses, numbers, strict=True))
+            numbers["signals"], numbers["unreadable"] = counts
+            copied = torch.stack(list(numbers.values())).tolist()
+            values = dict(zip(numbers, copied, strict=True))
             # step, unless a number is bad, which is so on all ranks
             state["step"] = step + 1
             state["unreadable"] += int(values["unreadable"])
@@ -343,7 +349,10 @@ def measure(args, folder, clip, val_rows, step):
 def score(result):
     """What best.pt has the best of: zero-shot AUROC, without labels retrieval@5, never the loss."""
     # ASSUMPTION: the model to evaluate is best.pt, the best zero-shot AUROC in validation.
-    return result.get("auroc") or result.get("retrieval@5") or -1
+    for name in ("auroc", "retrieval@5"):
+        if result.get(name) is not None:
+            return result[name]
+    return -1
 
 
 def main(argv=None):
@@ -451,7 +460,7 @@ def load_resumed(args, folder):
     """What --resume names, or None to start; refuses flags that would make it another run."""
     checkpoint = args.resume
     if checkpoint == "latest":
-        checkpoint = on_rank_0(newest, folder)
+        checkpoint = on_rank_0(restore_newest, folder)
     if not checkpoint:
         return None
     saved = load_checkpoint(checkpoint)
@@ -464,13 +473,14 @@ def load_resumed(args, folder):
     return saved
 
 
-def newest(folder):
+def restore_newest(folder):
     """last.pt if it is intact, else previous.pt, which then takes its place; None without any."""
     for path in (folder / "last.pt", folder / "previous.pt"):
         try:
             if path.exists():
                 load_checkpoint(path)
-                return path.replace(folder / "last.pt")
+                path.replace(folder / "last.pt")
+                return folder / "last.pt"
         except ModelError as error:
             say(f"warning: passed over {error}")
     expect(not list(folder.glob("*.pt")), folder,

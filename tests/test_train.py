@@ -435,7 +435,7 @@ def test_a_kill_at_a_rename_leaves_an_intact_checkpoint(phantom, tmp_path, monke
         patch.setattr(os, "replace", kill)
         patch.setattr(os, "link", None)  # which some file systems lack
         run(phantom, out, "--max-steps", "3", "--resume", "latest")
-    train.newest(out)
+    train.restore_newest(out)
     assert state(out)["step"] in (1, 2)
 
 
@@ -616,13 +616,13 @@ def test_a_signal_before_the_loop_ends_the_run_without_a_traceback(phantom, tmp_
 def fail_in_a_step(folder, killed):
     plain_step = train.plain_step
 
-    def fail(model, criterion, batch, autocast, place):
-        if place[1:] == (2, 1):  # the third step, of rank 1
+    def fail(model, criterion, batch, autocast, key):
+        if key[1:] == (2, 1):  # the third step, of rank 1
             (folder / "failed").touch()
             if killed:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise TypeError("shapes do not fit")
-        return plain_step(model, criterion, batch, autocast, place)
+        return plain_step(model, criterion, batch, autocast, key)
 
     train.plain_step = fail
 
