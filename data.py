@@ -77,7 +77,6 @@ CONDITIONS = (
     "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion",
     "Pleural Other", "Fracture", "Support Devices", "No Finding")
 SPLITS = ("train", "val", "test")
-CPUS = os.cpu_count() or 1
 
 # ---------------------------------------------------------------- what all scripts share
 
@@ -372,8 +371,8 @@ def load_columns(path, file):
     """`summary` of all lines by column, from the sidecar if its stamp is of this file and code."""
     sidecar = f"{path}.index.npz"
     status = os.fstat(file.fileno())
-    code = patient_hash(Path(__file__).read_text())
-    stamp = f"{status.st_size} {status.st_mtime_ns} {code}"
+    stamp = (f"{status.st_size} {status.st_mtime_ns} {CONDITIONS} {TRAINED} "
+             f"{inspect.getsource(summary)}")
     columns = {}
     # Damaged bytes are zipfile's and numpy's errors, of many kinds; each array has a checksum.
     with contextlib.suppress(Exception), np.load(sidecar) as saved:
@@ -596,8 +595,8 @@ def global_batches(num_studies, batch_size, seed, epoch, rank=0, world=1, start=
     order = np.random.default_rng((seed, epoch)).permutation(num_studies).tolist()
     share = batch_size // world  # B
     batches = []
-    for first in range(start * batch_size, num_studies // batch_size * batch_size, batch_size):
-        first += rank * share
+    end = num_studies // batch_size * batch_size
+    for first in range(start * batch_size + rank * share, end, batch_size):
         batches.append([(epoch, i) for i in order[first:first + share]])
     return batches
 
@@ -624,14 +623,13 @@ class Download:
         self.images = {}  # number of folders in a name -> paths by name, once one is looked for
 
     def file(self, names, required=True):
-        """The first of the files "A|B" (* and ? allowed), plain or .gz, in root or a folder."""
+        """The first of the files "A|B" (* and ? allowed), or .gz, in root or a folder; else None."""
         for name in names.split("|"):
             for pattern in (name, f"{name}.gz", f"*/{name}", f"*/{name}.gz"):
                 paths = sorted(self.root.glob(pattern))
                 if paths:
                     return paths[0]
         expect(not required, self.root, f"the file {names} (or .gz)")
-        return None
 
     def table(self, names, *columns):
         """Rows of a CSV that has these columns, as ("FILE:LINE", dict), stripped."""
@@ -699,7 +697,7 @@ def conditions_of(where, row):
     """CheXpert's 14 columns -> labels by name, blanks left out."""
     labels = {}
     for name in CONDITIONS:
-        value = label(where, row.get(name, ""))
+        value = label(where, row.get(name))
         if value is not None:
             labels[name] = value
     return labels
@@ -956,7 +954,8 @@ def mimic_report(path):
         name = section_of(heading)
         if name == "view":
             name = "findings"
-            if inside and not re.search("VIEW|PORTABLE", heading):  # but CHEST WALL
+            whole = r"\b(VIEW|PORTABLE|FRONTAL|LATERAL|RADIOGRAPH|AP CHEST|PA CHEST)"
+            if inside and not re.search(whole, heading):  # a part, such as CHEST WALL
                 name = None
         if name is None and (inside or not heading.isupper()):
             sections[-1][1] += f" {heading}:{body}"
@@ -965,7 +964,8 @@ def mimic_report(path):
     bodies = {name: body for name, body in sections if body.strip()}
     # ASSUMPTION: a report is findings and impression; which of them the paper takes is not said.
     report = join_text(bodies.get("findings"), bodies.get("impression"))
-    return report or join_text(*re.split(r"\n\s*\n", sections[-1][1].strip())[1:])
+    others = [body for name, body in sections if name not in ("findings", "impression")]
+    return report or join_text(*re.split(r"\n\s*\n", others[-1].rstrip())[1:])
 
 
 @lru_cache(None)
@@ -1602,7 +1602,7 @@ def check_images(manifest, workers=0):
                             "lines")
 
 
-def check(path, image_root="", workers=CPUS):
+def check(path, image_root="", workers=os.cpu_count()):
     """Validates all lines and images, prints counts and labels; exits with 1 if some are wrong.
 
     --image-root replaces every record's root; --workers are processes that read images, 0 for none.
@@ -1649,7 +1649,7 @@ def check(path, image_root="", workers=CPUS):
         sys.exit(1)
 
 
-def cache(path, out, size=256, workers=CPUS, image_root=""):
+def cache(path, out, size=256, workers=os.cpu_count(), image_root=""):
     """Copies of all images, made smaller once, and a manifest of them; resumes.
 
     --size is the shorter side in pixels; --image-root replaces every record's root; --workers are

@@ -6,9 +6,10 @@
 RUN is what load_model takes (a run folder, a checkpoint, a Hugging Face CLIP folder) or a Python
 file that defines load(). What is scored is a study's `targets`, else its `labels`; -1 is left out.
 
-In this order: the six tasks, each a table of the paper; prompts and scores; metrics; fine-tuning;
-embeddings; pictures; output; the command line. A task takes a Bench (one model on one split) and
-returns its metrics with 95 % intervals, resampled by patient, and those that go into the table.
+In this order: the six tasks, each a table of the paper, and what they ask for; prompts and scores;
+metrics; fine-tuning; embeddings; pictures; output; the command line. A task takes a Bench (one
+model on one split) and returns its metrics with 95 % intervals, resampled by patient, and those
+that go into the table.
 Symbols: n items (mostly images), m texts, K classes, D width. Metrics are fractions.
 
 SPDX-License-Identifier: MIT
@@ -59,7 +60,8 @@ from negations import label_report, split_sentences
 
 TIE = 1e-6  # closer cosines are a tie, as float32 cannot tell them apart
 CHUNK = 256  # images compared at once with all texts: 400,000 texts then take 0.4 GB
-ACCURACY_SETS = ("chexpert5x200", "vindr", "cxr14")  # Tab. 2: accuracy; AUC for other sets
+# ASSUMPTION: Tab. 2 has AUC for RSNA and SIIM, accuracy for these; sets of others have AUC too.
+ACCURACY_SETS = ("chexpert5x200", "vindr", "cxr14")
 FRACTIONS = (0.1, 1.0)  # Tab. 2: FT10 and FT100, shares of the training patients
 
 
@@ -78,7 +80,7 @@ def zero_shot(bench):
     """Tab. 2 ZS (Sec. 5.3): score of a class = cos(image, positive) - cos(image, negative prompts).
 
     Metrics: AUROC and accuracy at score > 0 of each class and their means; CheXpert 5x200's five
-    classes also as one choice.
+    classes are one choice instead, the class whose positive prompts are nearest.
     """
     classes = bench.classes
     both = with_both_labels(classes, bench.truth)
@@ -87,14 +89,17 @@ def zero_shot(bench):
                            '"targets" of 0 and 1, or label the reports with `python negations.py`')
     positive, negative = class_scores(bench, classes)                          # (n, K) each
     # ASSUMPTION: Tab. 2's accuracy is the mean over classes, and five-way for CheXpert 5x200.
+    rows = np.arange(len(bench.truth))
+    if bench.set == "chexpert5x200":
+        return bench.measure(
+            rows,
+            partial(averages, {"5-way accuracy": bench.truth[rows, positive.argmax(1)]}),
+            cells={"ZS ACC, one of 5 classes": "5-way accuracy"},
+            chance={"5-way accuracy": 0.2})
     cells = {f"ZS AUC, {len(both)} classes": "macro AUROC"}
-    choice = {}
     if bench.set in ACCURACY_SETS:
         cells = {f"ZS ACC, {len(both)} classes": "macro accuracy"}
-    if bench.set == "chexpert5x200":
-        cells = {"ZS ACC, one of 5 classes": "5-way accuracy"}
-        choice = {"5-way accuracy": bench.truth[range(len(bench.truth)), positive.argmax(1)]}
-    return measure_classes(bench, classes, {"": positive - negative}, cells, **choice)
+    return measure_classes(bench, classes, {"": positive - negative}, cells)
 
 
 def fine_tune(bench):
@@ -116,15 +121,15 @@ def fine_tune(bench):
     return measure_classes(test, names, scores, cells) | {"train": sizes}
 
 
-def measure_classes(bench, names, scores, cells, **choice):
-    """The result of scores {prefix of metrics: (n, K)} of some classes, and of a choice (n,)."""
+def measure_classes(bench, names, scores, cells):
+    """The result of scores {prefix of metrics: (n, K)} of some classes."""
     truth = bench.columns(names)                                               # (n, K)
     both = with_both_labels(names, truth)
     known = np.flatnonzero(~np.isnan(truth).all(1))  # rows with a known class
 
     def metrics(drawn):
         rows = known[drawn]
-        result = averages(choice, rows)
+        result = {}
         for prefix, columns in scores.items():
             for name, value in classification(truth[rows], columns[rows], names, both).items():
                 result[prefix + name] = value
@@ -134,7 +139,7 @@ def measure_classes(bench, names, scores, cells, **choice):
         known,
         metrics,
         cells=cells,
-        chance={"5-way accuracy": 0.2},
+        chance={},
         classes=names)
 
 
@@ -198,22 +203,21 @@ def retrieval(bench):
     """Tab. 5 (Sec. 5.7): image to report among the distinct reports of the split."""
     # ASSUMPTION: a report that repeats is one candidate, and right for each of its images.
     rows = np.flatnonzero(bench.reports != "")
-    reports = bench.reports[rows]
-    candidates = {report: k for k, report in enumerate(dict.fromkeys(reports))}
+    # the distinct reports (m,), the first row with each (m,), and which of them each row has (n,)
+    candidates, first, target = np.unique(
+        bench.reports[rows], return_index=True, return_inverse=True)
     if len(candidates) < 2:
         raise Unmeasurable(f'{bench.where}: retrieval needs at least two different "report" texts')
-    target = [candidates[report] for report in reports]                        # (n,)
     texts = bench.texts(candidates)                                            # (m, D)
     ranks, best = retrieve(bench.images[rows], texts[target], texts)
-    study = rows[np.unique(target, return_index=True)[1]]  # the first with each report
     own = bench.labels[rows]                                                   # (n, 14)
-    retrieved = bench.labels[study[best]]                                      # (n, 14)
+    retrieved = bench.labels[rows[first[best]]]                                # (n, 14)
     known = ~np.isnan(own + retrieved)                                         # (n, 14)
-    own = known & (own == 1)                                                   # (n, 14)
-    retrieved = known & (retrieved == 1)                                       # (n, 14)
+    truth = known & (own == 1)                                                 # (n, 14)
+    predicted = known & (retrieved == 1)                                       # (n, 14)
 
     def metrics(drawn):
-        result = precision_recall_f1(own[drawn], retrieved[drawn])
+        result = precision_recall_f1(truth[drawn], predicted[drawn])
         result["@5"] = average(ranks[drawn] <= 5)
         return result
 
@@ -315,15 +319,16 @@ def draw_pairs(bench):
 
 def decided(scores, pair):
     """Where scores (n, K) are above 0 for the first class of a pair (n, 2), below for the other."""
-    margin = (np.take_along_axis(scores, pair, 1) * (1, -1)).min(1)            # (n,)
-    return np.where(np.isnan(margin), np.nan, margin > TIE)
+    first, second = np.take_along_axis(scores, pair, 1).T                      # (n,) each
+    right = (first > TIE) & (second < -TIE)
+    return np.where(np.isnan(first + second), np.nan, right)
 
 
 def centre(scores, scored):
     """Scores (n, K) less their mean over an image's scored findings; NaN where there are under 3.
 
-    Also the chance (n,) that scores, shuffled over an image's findings, put one above 0 on a given
-    finding and one below 0 on another.
+    Also the chance (n,) of a right decision for two findings when the image's scores are shuffled:
+    that the first gets one of those above 0, and the second one of those below.
     """
     count = scored.sum(1)                                                      # (n,)
     mean = ratio(np.where(scored, scores, 0).sum(1), count)                    # (n,)
@@ -361,8 +366,8 @@ def retrieve(images, own, texts):
     nearest = []
     for image, text in zip(images.split(CHUNK), own.split(CHUNK), strict=True):
         similarity = image @ texts.T                                           # (c, m)
-        bar = (image * text).sum(1, keepdim=True) - TIE                        # (c, 1)
-        nearer.append((similarity >= bar).sum(1))
+        to_own = (image * text).sum(1, keepdim=True)                           # (c, 1)
+        nearer.append((similarity >= to_own - TIE).sum(1))
         nearest.append(similarity.argmax(1))
     return torch.cat(nearer).numpy(), torch.cat(nearest).numpy()
 
@@ -532,12 +537,14 @@ def probe_scores(train, val, test, rows, names):
     probe = nn.Linear(x.shape[1], len(names))
     for parameter in probe.parameters():
         nn.init.zeros_(parameter)
-    logits = {}  # by loss on val
+    least = torch.inf
     for l2 in L2_GRID:  # each starts from the last solution
         solve(probe, x, y, l2)
         loss = known_loss(probe(x_val), y_val).item()
-        logits[loss] = probe(x_test).detach()                                  # (n, K)
-    return logits[min(logits)].double().numpy()
+        if loss < least:
+            least = loss
+            logits = probe(x_test).detach().double().numpy()                   # (n, K)
+    return logits
 
 
 def solve(probe, x, y, l2):
@@ -607,7 +614,7 @@ class Bench:
         self.device = torch.device("cpu")
         if isinstance(self.model, nn.Module):
             self.model.eval()
-            self.device = next(self.model.parameters(), torch.empty(0)).device
+            self.device = next(self.model.parameters()).device
         self.ids = []
         self.pairs = []
         self.scored = []
@@ -731,7 +738,7 @@ def truth_of(record):
     """What is scored of a record: {class: 1, 0 or -1}; its targets, else its labels."""
     if record.get("targets"):
         return record["targets"]
-    if not record.get("labels"):  # nothing of its text was understood
+    if not record.get("labels"):  # its text tells of none
         return {}
     # ASSUMPTION: where labels are the truth, a finding that is not mentioned is absent.
     return dict.fromkeys(CONDITIONS, 0) | record["labels"]
@@ -787,6 +794,7 @@ def findings(labels):
 
 def draw_curves(figure, bench, run):
     """A run's numbers against steps, with a running mean; a step's last record counts."""
+    figure.set_size_inches(14, 8)
     log = [record | record.get("val", {}) for _, record in read_jsonl(run / "log.jsonl")]
     for ax, (name, words) in zip(figure.subplots(2, 3).flat, CURVES.items(), strict=True):
         points = {record["step"]: record[name] for record in log if record.get(name) is not None}
@@ -801,7 +809,7 @@ def draw_curves(figure, bench, run):
 
 @torch.no_grad()
 def draw_soft_labels(figure, bench, run):
-    """y_hat of text, labels and graph (Eq. 4, 5, 9) of the first twelve studies."""
+    """y_hat (Eq. 4, 5, 9) of the first twelve studies; uncertain labels are positive."""
     flags = read_json(run / "config.json")["flags"]
     names = [findings(scored) for scored in bench.scored[:12]]
     streams = {
@@ -814,7 +822,7 @@ def draw_soft_labels(figure, bench, run):
     for ax, (name, x) in zip(axes, streams.items(), strict=True):
         tau = flags[f"tau_{name}"]
         shares = ax.imshow(soft_labels(x @ x.T, tau), "Greys", vmin=0, vmax=1)  # (m, m)
-        ax.set_title(f"soft labels by {name}, tau {tau}")
+        ax.set_title(f"soft labels, {name} stream, tau {tau}")
     ax.set(xticks=[], yticks=range(len(names)), yticklabels=names)
     figure.colorbar(shares, ax=axes, shrink=0.5, label="share of a row's target; black: all")
 
@@ -830,7 +838,7 @@ def draw_roc(figure, bench, run):
         ordered = truth[np.argsort(-scores)]  # the highest score first
         true = np.cumsum([0, *(ordered == 1)])                                 # (n + 1,)
         false = np.cumsum([0, *(ordered == 0)])                                # (n + 1,)
-        ax.plot(false / false[-1], true / true[-1], linewidth=1 + len(ax.lines) // 10,
+        ax.plot(false / false[-1], true / true[-1],
                 label=f"{name} {auroc(truth, scores):.3f}")
     ax.plot([0, 1], [0, 1], "k:", label="chance 0.500")
     ax.set(title="Zero-shot ROC and AUROC", xlabel="1 - specificity", ylabel="sensitivity")
@@ -855,13 +863,14 @@ def draw_retrieval(figure, bench, run):
 
 def write(ax, place, text, width, lines, color="black"):
     """A text so far below an axes' upper edge, in at most so many lines."""
-    filled = textwrap.fill(text, width, max_lines=lines)
+    filled = textwrap.fill(text, width, max_lines=lines, placeholder=" ...")
     ax.text(0, 1 - place, filled, color=color, va="top", size=11)
     ax.set_axis_off()
 
 
 def draw_method(figure, bench, run):
     """One study through Fig. 2 and Fig. 3: r, r^r and r^n, their graphs, then the soft labels."""
+    figure.set_size_inches(14, 9)
     row = np.flatnonzero(bench.manifest.negatives)[0]
     study = bench.manifest[row]
     negative = study["hard_negatives"][0]
@@ -1032,7 +1041,7 @@ def run_tasks(bench, task, model):
             continue
         try:
             entry = function(bench)
-        except UserError as error:  # also an unreadable image: the other tasks' numbers stand
+        except UserError as error:  # also an image of fine-tune's rows: other tasks' numbers stand
             skipped.setdefault(str(error), []).append(name)
             continue
         entry = json.loads(json.dumps(entry), parse_constant=lambda _: None)  # JSON has no NaN
@@ -1065,7 +1074,8 @@ def main(argv=None):
     out = args.out
     if not out and any(Path(args.run).glob("*.pt")):  # a run folder of ours
         out = f"{args.run}/results-{args.task}-{Path(args.data).stem}-{args.split}{suffix}.json"
-    Path(out or ".").parent.mkdir(parents=True, exist_ok=True)  # before any work
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)  # before any work
     if args.figures:
         Path(args.figures).mkdir(parents=True, exist_ok=True)
         expect(importlib.util.find_spec("matplotlib"), "--figures", "matplotlib to be installed")

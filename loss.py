@@ -94,8 +94,9 @@ class DynamicSoftContrastiveLoss(nn.Module):
     def _equations(self, rows, columns, scale):
         """Eq. 1-10 of this rank's rows x against the columns X of all ranks; terms are means."""
         x, X = _join(rows), _join(columns)             # v, T = [T1; T2], C = [C1; C2], G = [G1; G2]
-        y_hat, square, positives = self._targets(x, X, scale)
-        terms, w = {}, self.weights | {"one_hot": 1.0}
+        diagonal, w = x["diagonal"], self.weights
+        targets, square, positives = self._targets(x, X, scale)
+        terms = {}
         for a, b in PAIRS:
             if b not in x:
                 continue
@@ -108,38 +109,41 @@ class DynamicSoftContrastiveLoss(nn.Module):
                 z_ba = z_ab[:, :len(X[a])].T.contiguous()                     # (n, m)
             else:
                 z_ba = scale * x[b][:len(x[a])] @ X[a].T                      # (n, m)
-            y_ba = square
-            if a == "text":
-                y_ba = y_hat
             log_p_ab, log_p_ba = z_ab.log_softmax(1), z_ba.log_softmax(1)     # Eq. 1, Eq. 2
-            zero = 0 * scale  # of a batch whose streams have no weight
-            terms[f"{a}_{b}"] = sum((w[k] * kl(y_hat[k], log_p_ab) for k in y_hat), zero)  # Eq. 6
-            terms[f"{b}_{a}"] = sum((w[k] * kl(y_ba[k], log_p_ba) for k in y_hat), zero)   # Eq. 7
+            if not self.soft:
+                # ASSUMPTION: systems without D have one cross-entropy per ordered pair.
+                terms[f"{a}_{b}"] = F.nll_loss(log_p_ab, diagonal[:len(z_ab)])
+                terms[f"{b}_{a}"] = F.nll_loss(log_p_ba, diagonal[:len(z_ba)])
+                continue
+            turned = targets
+            if a == "image":
+                turned = square
+            zero = 0 * scale  # the sum of a batch whose streams have no weight
+            # Eq. 6, Eq. 7: KL of each stream's soft labels; Eq. 10: their weighted sum.
+            terms[f"{a}_{b}"] = sum((w[k] * kl(*targets[k], log_p_ab) for k in targets), zero)
+            terms[f"{b}_{a}"] = sum((w[k] * kl(*turned[k], log_p_ba) for k in targets), zero)
         return {"loss": sum(terms.values()), **terms, **positives}            # Eq. 10
 
     @torch.no_grad()
     def _targets(self, x, X, scale):
-        """y_hat (R, M), its square block (B, N) and its number of positives, by stream.
-
-        Labels come with the entropies of their rows; one-hot rows are the columns of their ones.
+        """By stream: y_hat (R, M) and its square block (B, N), each with the entropies of its rows,
+        and the number of positives.
         """
-        B, N, diagonal = len(x["image"]), len(X["image"]), x["diagonal"]      # diagonal (R,)
+        targets, square = {}, {}
         if not self.soft:
-            # ASSUMPTION: systems without D have one cross-entropy per ordered pair.
-            one_hot = {"one_hot": (diagonal, None)}
-            ones = {f"positives_{k}": torch.ones_like(scale) for k in STREAMS if STREAMS[k] in x}
-            return one_hot, one_hot, ones
-        y_hat, square, positives = {}, {}, {}
+            return targets, square, _one_positive(x)
+        B, N = len(x["image"]), len(X["image"])
+        positives = {}
         # ASSUMPTION: soft labels carry no gradient.
         for k, S in _similarities(x, X):                                      # (R, M)  Eq. 3, Eq. 8
-            y = self._soft_labels(S, k, diagonal, scale)                      # (R, M)  Eq. 4, 5, 9
-            H = entropy(y)                                                    # (R,)
+            y_hat = self._soft_labels(S, k, x["diagonal"], scale)             # (R, M)  Eq. 4, 5, 9
+            H = entropy(y_hat)                                                # (R,)
             positives[f"positives_{k}"] = H.exp().mean()
             if self.weights[k] > 0:
                 # ASSUMPTION: T1->I and G1->I take the top-left N x N of y, re-normalised.
-                block = F.normalize(y[:B, :N], p=1)                           # (B, N)
-                y_hat[k], square[k] = (y, H), (block, entropy(block))
-        return y_hat, square, positives
+                block = F.normalize(y_hat[:B, :N], p=1)                       # (B, N)
+                targets[k], square[k] = (y_hat, H), (block, entropy(block))
+        return targets, square, positives
 
     def _soft_labels(self, S, stream, diagonal, scale):
         return soft_labels(S, self.thresholds[stream], diagonal)
@@ -169,16 +173,13 @@ def above_threshold(similarity, threshold, diagonal):
     return y.scatter_(1, diagonal[:, None], 1.0)
 
 
-def kl(y_hat, log_p):
-    """KL(y_hat || p) of Eq. 6 and Eq. 7, a mean over rows, of y_hat and the entropies of its rows.
+def kl(y_hat, H, log_p):
+    """KL(y_hat || p) of Eq. 6 and Eq. 7, a mean over rows: the cross-entropy less the entropy.
 
-    It is the cross-entropy less the entropy, which all pairs share. log_p: (n, m).
+    H: (R,), the entropies of y_hat's rows, which all pairs share. log_p: (n, m), n <= R.
     """
-    y, H = y_hat
     n = len(log_p)
-    if H is None:  # one-hot rows
-        return F.nll_loss(log_p, y[:n])
-    return -torch.dot(y[:n].flatten(), log_p.flatten()) / n - H[:n].mean()
+    return -torch.dot(y_hat[:n].flatten(), log_p.flatten()) / n - H[:n].mean()
 
 
 def entropy(y):
@@ -229,13 +230,13 @@ class SigmoidSoftContrastiveLoss(DynamicSoftContrastiveLoss):
         Takes the first batch as `forward` does, without images. The same on all ranks.
         """
         rows, columns = _prepare(self, {"image": text, "text": text, "labels": labels, **others})
-        y = self._targets(_join(rows), _join(columns))[0][:len(text)]         # (B, M)
+        y = self._mixed_targets(_join(rows), _join(columns))[0][:len(text)]   # (B, M)
         return torch.logit(_mean_of_ranks(y.mean())).clamp(-10, -1).item()
 
     def _equations(self, rows, columns, scale, bias):
         """The sum of this rank's rows against the columns of all ranks; each term is a mean."""
         x, X = _join(rows), _join(columns)
-        y, W, H, positives = self._targets(x, X)
+        y, W, H, positives = self._mixed_targets(x, X)
         terms = {}
         for a, b in PAIRS:
             if b in x:
@@ -247,13 +248,13 @@ class SigmoidSoftContrastiveLoss(DynamicSoftContrastiveLoss):
         return {"loss": sum(terms.values()), **terms, **positives}
 
     @torch.no_grad()
-    def _targets(self, x, X):
+    def _mixed_targets(self, x, X):
         """sum_k w_k y_k / W (R, M), W = sum_k w_k, sum_k w_k H(y_k) (R,), row sums of each y_k."""
         mixed = x["text"].new_zeros(len(x["diagonal"]), len(X["text"]))       # (R, M)
         W, H, positives = 0, mixed.sum(1), {}                                 # H (R,)
+        if not self.soft:
+            return mixed.scatter_(1, x["diagonal"][:, None], 1.0), 1, H, _one_positive(x)
         for k, S in _similarities(x, X):                                      # (R, M)  Eq. 3, Eq. 8
-            if not self.soft:
-                S.zero_()
             y = above_threshold(S, self.thresholds[k], x["diagonal"])         # (R, M)  Eq. 4, 5, 9
             positives[f"positives_{k}"] = y.sum(1).mean()
             w = self.weights[k]
@@ -261,8 +262,6 @@ class SigmoidSoftContrastiveLoss(DynamicSoftContrastiveLoss):
                 mixed += w * y
                 H += w * (entropy(y) + entropy(1 - y))
                 W += w
-        if not self.soft:
-            return y, 1, H, positives  # every stream's y is the identity; weight 1
         return mixed / max(W, 1e-30), W, H, positives
 
 
@@ -344,6 +343,12 @@ def _similarities(x, X):
             # ASSUMPTION: C is L2-normalised here; a report without labels is a zero row.
             # T and G too: rows that were normalised in half precision are off by up to 0.6 %.
             yield k, F.normalize(x[name]) @ F.normalize(X[name]).T            # (R, M)
+
+
+def _one_positive(x):
+    """The number of positives of one-hot labels: 1 in each stream that the batch has."""
+    one = x["image"].new_ones(())
+    return {f"positives_{k}": one for k, name in STREAMS.items() if name in x}
 
 
 def _join(rows):

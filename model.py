@@ -111,6 +111,7 @@ class ClinicalCLIP(nn.Module):
     def encode_graph(self, graph):
         """graph: a list of B RadGraph records, or `collate_graphs` of them -> unit rows (B, D)."""
         graph = graph if isinstance(graph, dict) else collate_graphs(graph)
+        # the last phrase stands where node is -1, until the empty node takes its place
         vectors = self.embed_phrases([*graph["phrases"], None])               # (P + 1, H)
         graph = {name: self.move(x) for name, x in graph.items() if name != "phrases"}
         node, one_hot = graph["node"], torch.eye(len(NODE_LABELS), device=vectors.device)
@@ -173,15 +174,16 @@ class ClinicalCLIP(nn.Module):
         for start in range(0, len(new), PHRASE_ROWS):
             group = new[start:start + PHRASE_ROWS]
             tokens = self.tokenize(group + group[-1:] * (PHRASE_ROWS - len(group)))
-            missing = (0, PHRASE_TOKENS - tokens["input_ids"].shape[1])  # F.pad cuts where < 0
+            missing = (0, PHRASE_TOKENS - tokens["input_ids"].shape[1])  # below 0 F.pad cuts
             ids = self.move(F.pad(tokens["input_ids"], missing))              # (16, 32)
             mask = self.move(F.pad(tokens["attention_mask"], missing))        # (16, 32)
             with torch.autocast(ids.device.type, enabled=False):
                 hidden = self.phrase_encoder.eval()(ids, mask)                # (16, 32, H)
-            # Words start behind [CLS]. The mask less its special tokens has a one for each of them.
-            words = mask[:, 1 + self.tokenize.closing:, None]                 # (16, last - 1, 1)
-            last = PHRASE_TOKENS - self.tokenize.closing
-            means = (hidden[:, 1:last] * words).sum(1) / words.sum(1).clamp(min=1)  # (16, H)
+            # A mask of k ones is k tokens: [CLS], words, and in BERT [SEP]. Without its first ones
+            # for these it has a one for each word, the first of which stands behind [CLS].
+            words = mask[:, 1 + self.tokenize.closing:, None]                 # (16, W, 1)
+            hidden = hidden[:, 1:1 + words.shape[1]]                          # (16, W, H)
+            means = (hidden * words).sum(1) / words.sum(1).clamp(min=1)       # (16, H)
             self.phrase_vectors |= zip(group, means, strict=False)
         return torch.stack([self.move(self.phrase_vectors[phrase]) for phrase in phrases])
 
@@ -376,8 +378,9 @@ def loading(name, expected):
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split()).split(". ")[0]  # torch goes on to advise unsafe loads
-        raise ModelError(f"{name}: expected {expected} ({reason[:200]})") from None
+        reason = " ".join(str(error).split())
+        reason = reason.split(" This file can")[0]  # be loaded unsafely, as torch advises
+        raise ModelError(f"{name}: expected {expected} ({reason[:300]})") from None
 
 
 def check_depth(image):

@@ -63,7 +63,7 @@ def annotate(record, *, seed=0, labels=None):
     if labels is None:
         labels = label_report(report)
     graph = record.get("graph") or {}
-    brought = graph and graph.get("data_source") != "rules"  # those are an earlier run's
+    brought = graph and graph.get("data_source") != "rules"  # that an earlier run made
     if not brought:
         graph = rule_graph(sentences)
 
@@ -90,7 +90,7 @@ def annotate(record, *, seed=0, labels=None):
 
 
 def negated_labels(labels, condition, sentences):
-    """r^n's labels: r's, the condition denied; No Finding if neither they nor its text know any."""
+    """r^n's labels: r's, the condition denied; No Finding if these and its text hold no finding."""
     # ASSUMPTION: r^n's labels are r's, edited for the one condition, whoever made them.
     labels = with_no_finding(labels | {condition: DENIED})
     if "No Finding" not in with_no_finding(_said(sentences)):
@@ -117,8 +117,9 @@ def negate(text, condition, rng):
 
     condition: one of the 13 besides No Finding. rng: random.Random or numpy's Generator.
     """
-    negated, *_ = deny(omit_from(split_sentences(text), condition), condition, rng)
-    return omit(text, condition), " ".join(negated)
+    rest = omit_from(split_sentences(text), condition)
+    negated, *_ = deny(rest, condition, rng)
+    return " ".join(rest) or NOTHING_LEFT, " ".join(negated)
 
 
 def omit_from(sentences, condition):
@@ -170,6 +171,7 @@ def deny(sentences, condition, rng):
 
 
 def _draw(items, rng):
+    """One of the items; random.Random and numpy's Generator draw in this one way alike."""
     return items[int(rng.random() * len(items))]
 
 
@@ -337,21 +339,13 @@ def _cut_time(sentence):
     if _GONE.search(text) and any(m.value == DENIED for m in mentioned):
         text = " ".join(_state(m.value, text[_noun(text, m)]) for m in mentioned)
     for phrases, replacement in TIME.items():
-        text = _replace(phrases, replacement, text)
+        text = matcher(phrases).sub(replacement, text)
     vague = "empty"
     if text != sentence:
         text, vague = _repair(text), "leftover"
     if not mentioned and all(_is(vague, word) for word in _WORD.findall(text)):
         return ""
     return _finish(text)
-
-
-def _replace(phrases, replacement, text):
-    kept, begin = "", 0
-    for match in matcher(phrases).finditer(text.lower()):
-        kept += text[begin:match.start()] + replacement
-        begin = match.end()
-    return kept + text[begin:]
 
 
 def _repair(text):
@@ -368,12 +362,12 @@ _ITS_NOUN = re.compile(r"(?<=ed|us|ic|nt|ve)(?: and \w+)?(?: (?!with|and|or|in|o
 
 def _noun(sentence, mention):
     """The finding with the side, grade and place words around it, as a slice of the sentence."""
-    start, end, lower = mention.start, mention.end, sentence.lower()
+    start, end = mention.start, mention.end
     near = max(0, start - 100)  # seven words; a sentence may be a whole report
-    before = matcher("<place>|<grade> [<place>|<grade>]+ .").search(lower, near, start)
+    before = matcher("<place>|<grade> [<place>|<grade>]+ .").search(sentence, near, start)
     if before:
         start = before.start()
-    tails = matcher("<located>").match(lower, end + 1), _ITS_NOUN.match(sentence, end)
+    tails = matcher("<located>").match(sentence, end + 1), _ITS_NOUN.match(sentence, end)
     return slice(start, max([end, *(tail.end() for tail in tails if tail)]))
 
 
@@ -404,7 +398,7 @@ def label_report(text):
 def understood(text):
     """Whether a phrase of the tables is in it, a finding's or one of normality."""
     found = any(map(all_mentions, _sentences(text)))
-    return found or matcher("<healthy>").search(text.lower()) is not None
+    return found or matcher("<healthy>").search(text) is not None
 
 
 def positives(labels):
@@ -567,13 +561,13 @@ def _list(name):
 @cached
 def _is(name, word):
     """Whether a word is in the list of this name."""
-    return bool(matcher(f"<{name}>").fullmatch(word.lower()))
+    return bool(matcher(f"<{name}>").fullmatch(word))
 
 
 @functools.cache
 def matcher(table):
     """The phrases of a table as one compiled regular expression."""
-    return re.compile(rf"\b{_either(_phrases(table))}(?!\w)")
+    return re.compile(rf"\b{_either(_phrases(table))}(?!\w)", re.I)
 
 
 @functools.cache
@@ -685,13 +679,13 @@ def _nodes(sentence):
         mention = around[0] if around else None
         kind, value = _role(match[0], mention)
         if nodes and nodes[-1].last == i - 1:
-            last = nodes[-1]
-            same = (last.kind, last.value, last.mention) == ("finding", value, mention)
+            previous = nodes[-1]
+            same = (previous.kind, previous.value, previous.mention) == ("finding", value, mention)
             if match[0] in ("cm", "mm") or (same and kind == "finding"):
-                last.last = i
+                previous.last = i
                 continue
-            if last.kind == kind == "place":  # in "left lower lobe" each modifies the next
-                last.relations.append(("modify", len(nodes)))
+            if previous.kind == kind == "place":  # in "left lower lobe" each modifies the next
+                previous.relations.append(("modify", len(nodes)))
         if kind:
             nodes.append(Node(kind, value, mention, i, i, []))
     return tokens, nodes
@@ -819,9 +813,9 @@ def read_jobs(manifest, labeler, graphs):
     for number, record in read_jsonl(manifest):
         where, labels = f"{manifest}:{number}", None
         check_record(where, record, ("id", "report"))
-        ours = not record["id"].startswith("cxr-align/")
-        expect(ours, where, "another set than CXR-Align, whose own r^r and r^n would be "
-               "overwritten; evaluate.py takes the file as it is")
+        expect(not record["id"].startswith("cxr-align/"), where,
+               "another set than CXR-Align, whose own r^r and r^n would be overwritten; "
+               "evaluate.py takes the file as it is")
         if record.get("study_id") in graphs:
             record["graph"] = graphs[record["study_id"]]
         if record.get("graph"):

@@ -4,12 +4,22 @@ r"""Train the systems of Tab. 2 (Sec. 5.2, 5.5): `torchrun train.py`, Distribute
     torchrun --nproc-per-node 8 train.py --train mimic_neg.jsonl \
         --image-encoder swin_t.pth --text-encoder emilyalsentzer/Bio_ClinicalBERT --image-size 224
 
-In this order: the systems, one step, the loop; the run folder; data; ranks, seeds, signals; flags.
+In this order: the systems, one step, the loop, main; then data, the run folder, ranks and flags.
 
-A run folder holds config.json, log.jsonl (one JSON object a line), last.pt, previous.pt, best.pt
-and the tokenizer. All that happens in a step is a function of (seed, step): data order,
-augmentation, drawn hard negatives, dropout. So a checkpoint needs no random states, and
-`--resume latest` continues bit by bit on the CPU.
+A run folder holds config.json (with flags and versions), log.jsonl (one JSON object a line; of a
+step's records the last counts), last.pt, previous.pt, best.pt and the tokenizer. All that happens
+in a step is a function of (seed, step): data order, augmentation, drawn hard negatives, dropout. So
+a checkpoint needs no random states, and `--resume latest` with the same flags and training rows
+continues bit by bit on the CPU with as many ranks as before.
+
+Signals: on SIGTERM, SIGUSR1 or Ctrl-C at any rank all ranks save after the step, before a
+validation that would follow, and leave. torchrun passes SIGTERM and Ctrl-C on, SIGUSR1 with
+`--signals-to-handle SIGTERM,SIGUSR1`; it then reports a failure, and kills what is left after half
+a minute. Before the first step a signal ends the run at once.
+
+Ranks: --batch-size is global, and N ranks have the gradient of one. `python train.py` does for one
+process. A rank that fails says why and ends at once; torchrun ends the others. On a busy machine
+set OMP_NUM_THREADS=1: threads that wait for each other made a step four times slower.
 
 SPDX-License-Identifier: MIT
 """
@@ -17,29 +27,22 @@ SPDX-License-Identifier: MIT
 import argparse
 import contextlib
 import datetime
-import fcntl
 import gc
 import io
-import itertools
 import json
 import math
 import os
 import resource
-import shlex
-import shutil
 import signal
 import sys
 import time
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # noqa: F401, imported later its functions would hold the process group
-from torch.distributed.rendezvous import rendezvous
+import torch.distributed.nn  # noqa: F401, DistributedDataParallel would import it in the run
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -59,30 +62,27 @@ from data import (
     run_main,
 )
 from evaluate import provenance, validate
-from loss import (
-    DynamicSoftContrastiveLoss,
-    SigmoidSoftContrastiveLoss,
-    SoftCLIPLoss,
-    soft_labels,
-)
+from loss import DynamicSoftContrastiveLoss, SigmoidSoftContrastiveLoss, SoftCLIPLoss
 from model import ClinicalCLIP, ModelError, load_checkpoint
 from negations import annotate
 
 # A row of Tab. 2: hard negatives (N), graph stream (G), streams of soft labels (D; none: one-hot).
+# softclip is a peer, with targets of texts that are its own.
 SYSTEMS = {
     "clip": (False, False, ""), "clip-dt": (False, False, "t"), "clip-dtc": (False, False, "tc"),
     "clip-n": (True, False, ""), "clip-n-dtc": (True, False, "tc"),
     "clip-g": (False, True, ""), "clip-g-dtcg": (False, True, "tcg"),
-    "clip-ng-dtcg": (True, True, "tcg"), "softclip": (False, False, "softclip"),
+    "clip-ng-dtcg": (True, True, "tcg"), "softclip": (False, False, "t"),
 }
 PHANTOM_STUDIES = 2000
-COLLAPSE = 0.8    # warn when a row of soft labels spreads over this share of its columns
+COLLAPSE = 0.8    # warn when a row of soft labels spreads over this share of the batch
 MAX_SKIPPED = 10  # non-finite steps in a row that stop a run
-MAX_BAD = 0.05    # share of unreadable images that stops a run
-TIMEOUT = datetime.timedelta(minutes=10)  # of an exchange between ranks: a lost rank ends the run
-PATIENCE = datetime.timedelta(days=1)     # with rank 0, while it validates, saves or checks
 FREE_ON_RESUME = {"out", "resume", "train", "val", "image_root", "workers", "max_steps",
-                  "checkpoint_every", "row_chunk"}  # other flags change the result
+                  "checkpoint_every"}  # other flags change the result
+RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun started
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+TIMEOUT = datetime.timedelta(hours=1)  # of waiting for a rank, while it validates or hangs
+HEEDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # answered by saving and leaving
 
 
 # ---------------------------------------------------------------- one step
@@ -90,21 +90,24 @@ FREE_ON_RESUME = {"out", "resume", "train", "val", "image_root", "workers", "max
 
 def build_loss(args):
     """The loss of --system and --framework; a stream that the system lacks has weight 0."""
+    if args.system == "softclip":
+        return SoftCLIPLoss()
     _, _, streams = SYSTEMS[args.system]
-    if streams == "softclip":  # not letters of streams
-        return SoftCLIPLoss(row_chunk=args.row_chunk)
     kind = DynamicSoftContrastiveLoss
     if args.framework == "sigmoid":
         kind = SigmoidSoftContrastiveLoss
-    weights = {"t": args.w_text, "c": args.w_clinical, "g": args.w_graph}
-    weights = [weight if letter in streams else 0.0 for letter, weight in weights.items()]
-    return kind(*weights, args.tau_text, args.tau_clinical, args.tau_graph, soft=streams != "",
-                row_chunk=args.row_chunk)
+    weights = []
+    for letter, weight in (("t", args.w_text), ("c", args.w_clinical), ("g", args.w_graph)):
+        weights.append(weight if letter in streams else 0.0)
+    return kind(*weights, args.tau_text, args.tau_clinical, args.tau_graph, soft=streams != "")
 
 
-def embed(model, batch, autocast, place, micro):
-    """Fig. 3's encoders: unit rows (B, D) by name, and the scalars logit_scale, logit_bias."""
-    seed_step(*place, micro)
+def embed(model, batch, autocast, key, micro):
+    """Fig. 3's encoders: unit rows (B, D) by name, and the scalars logit_scale, logit_bias.
+
+    key: (seed, step, rank), of which all that is random in a step is a function.
+    """
+    seed_step(*key, micro)
     with autocast:
         return model(batch)
 
@@ -121,30 +124,28 @@ def labels_of(batches):
     return {name: torch.cat([batch[name] for batch in batches]) for name in names}
 
 
-def plain_step(model, criterion, batch, autocast, place):
-    """One batch forward and backward: leaves gradients, returns the loss's dict.
-
-    place: (seed, step, rank), of which all that is random is a function.
-    """
-    losses = criterion(**embed(model, batch, autocast, place, 0), **labels_of([batch]))
+def plain_step(model, criterion, batch, autocast, key):
+    """One batch forward and backward: leaves gradients, returns the loss's dict."""
+    losses = criterion(**embed(model, batch, autocast, key, 0), **labels_of([batch]))
     losses["loss"].backward()
     return losses
 
 
 @torch.no_grad()
-def embed_all(model, batches, autocast, place):
+def embed_all(model, batches, autocast, key):
     """`embed` of all micro-batches together, without recording gradients."""
-    embedded = [embed(model, batch, autocast, place, micro)
+    embedded = [embed(model, batch, autocast, key, micro)
                 for micro, batch in enumerate(batches)]
     whole = {}
     for name, x in embedded[0].items():
-        whole[name] = x.clone()  # a scalar
         if x.dim() == 2:
             whole[name] = torch.cat([micro[name] for micro in embedded])      # (B, D)
+        else:
+            whole[name] = x.clone()  # logit_bias is the parameter itself
     return whole
 
 
-def cached_step(model, criterion, batches, autocast, place):
+def cached_step(model, criterion, batches, autocast, key):
     """The same gradients from micro-batches, with the memory of one: gradient caching.
 
     Embed all without recording gradients; take the loss of all rows together, and its gradient with
@@ -152,22 +153,22 @@ def cached_step(model, criterion, batches, autocast, place):
     its share of that gradient through the encoders. So every negative of the batch is kept.
     """
     count = len(batches)
-    whole = embed_all(model, batches, autocast, place)
+    whole = embed_all(model, batches, autocast, key)
     for x in whole.values():
         x.requires_grad_()
     losses = criterion(**whole, **labels_of(batches))
     losses["loss"].backward()
     for micro, batch in enumerate(batches):
-        exchange = contextlib.nullcontext()
-        if micro < count - 1 and isinstance(model, DistributedDataParallel):
-            exchange = model.no_sync()  # ranks exchange gradients with the last one
-        with exchange:
-            again = embed(model, batch, autocast, place, micro)
-            shares = []
-            for name, x in again.items():
-                gradient = whole[name].grad
-                shares.append(gradient.chunk(count)[micro] if x.dim() == 2 else gradient / count)
-            torch.autograd.backward(list(again.values()), shares)
+        # DistributedDataParallel's switch: ranks exchange gradients with the last micro-batch.
+        model.require_backward_grad_sync = micro == count - 1
+        again = embed(model, batch, autocast, key, micro)
+        shares = []
+        for name, x in again.items():
+            if x.dim() == 2:
+                shares.append(whole[name].grad.chunk(count)[micro])           # (B, D)
+            else:
+                shares.append(whole[name].grad / count)  # of a scalar
+        torch.autograd.backward(list(again.values()), shares)
     return losses
 
 
@@ -196,326 +197,174 @@ def parameter_groups(model, weight_decay):
 # ---------------------------------------------------------------- the loop
 
 
-def train(run, model, criterion, batches, bar):
-    """Steps and validations up to `run.total`; leaves early, saved, when a signal asks any rank."""
-    args = run.args
-    state = run.state
-    autocast = torch.autocast(run.ranks.device.type, torch.bfloat16,
-                              enabled=args.precision == "bf16")
+def train(args, device):
+    """One run, up to its last step or a signal. Returns whether a step had an effect."""
+    folder = on_rank_0(choose_folder, args)
+    saved = load_resumed(args, folder)
+    path = args.train or on_rank_0(phantom)
+    on_rank_0(check_rows, args, path)  # alone first, since it writes the sidecars
+    clip, studies, val_rows = build(args, path)
+    clip.to(device).train()
+    optimizer = torch.optim.AdamW(parameter_groups(clip, args.weight_decay), lr=args.lr,
+                                  fused=device.type == "cuda")
+    criterion = build_loss(args)
+    state = {"step": 0, "validated": 0, "skipped": 0, "unreadable": 0, "best": {}}
+    digests = {"data": studies.manifest.digest(), "val": val_rows.digest()}
+    if saved:
+        state = take_up(saved, clip, optimizer, digests)
+    epoch_steps = len(studies) // args.batch_size
+    total = args.epochs * epoch_steps
+    if args.max_steps:
+        total = max(state["step"], min(total, args.max_steps))
+    epoch_ends = {total, *range(epoch_steps, total, epoch_steps)}
+    if state["validated"] < total:
+        on_rank_0(start_record, args, folder, clip, studies, val_rows)
+
+    def save(name):
+        write_checkpoint(folder / name, {
+            "model": clip.state_dict(), "model_config": clip.config, "state": state,
+            "optimizer": optimizer.state_dict(), "flags": vars(args), **digests})
+
+    model = clip
+    if WORLD > 1:
+        model = DistributedDataParallel(clip)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    skipped_in_a_row = 0
     signals = listen()
-    if run.epoch_is_over() and state.validated < state.step:
-        run.validate()
-    while state.step < run.total:
-        began = time.perf_counter()
-        micro = [to_device(next(batches), run.ranks.device) for _ in range(args.accumulate)]
-        waited = time.perf_counter() - began
-        # lr
-        lr = learning_rate(state.step, args, run.epoch_steps)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
-        # forward + loss + backward
-        run.optimizer.zero_grad()
-        place = (args.seed, state.step, run.ranks.rank)
-        if args.accumulate == 1:
-            losses = plain_step(model, criterion, micro[0], autocast, place)
-        else:
-            losses = cached_step(model, criterion, micro, autocast, place)
-        losses["grad_norm"] = torch.nn.utils.clip_grad_norm_(run.clip.parameters(), args.clip)
-        losses["logit_scale"] = run.clip.logit_scale.detach()
-        if args.framework == "sigmoid":
-            losses["logit_bias"] = run.clip.logit_bias.detach()
-        unreadable = sum(batch["bad"] for batch in micro)
-        values, (stop, unreadable) = read_numbers(run.ranks, losses, len(signals), unreadable)
-        temperature = math.exp(-values.pop("logit_scale"))  # the parameter is a logarithm
-        # step
-        update(run, values)
-        # log
-        took = time.perf_counter() - began
-        run.log(step=state.step, epoch=(state.step - 1) // run.epoch_steps, **values, lr=lr,
-                temperature=temperature, skipped=state.skipped, data_wait=waited / took,
-                images_per_s=args.batch_size / took, memory_mb=memory_mb(run.ranks.device))
-        bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
-        bar.update()
-        # unreadable images
-        state.unreadable += int(unreadable)
-        if state.unreadable > MAX_BAD * max(len(run.studies), state.step * args.batch_size):
-            refuse(run.ranks, f"{state.unreadable} images could not be read, more than "
-                   f"{MAX_BAD:.0%}; python data.py check {run.studies.manifest.path} lists them")
-        # checkpoint
-        if run.epoch_is_over():
-            warn(run, values)
-            run.validate()
-        elif stop or state.step % args.checkpoint_every == 0:
-            run.save()
-        if stop:
-            say(run.ranks, f"a signal came: saved after step {state.step}; go on with --resume")
-            return
+    batches = read_batches(studies, args, state["step"], RANK, WORLD)
+    with tqdm(range(state["step"], total + 1), args.system, total, initial=state["step"],
+              disable=RANK > 0) as bar:
+        for step in bar:
+            # validation, at the end of an epoch: here, so that a resumed run makes up for it
+            if step in epoch_ends and state["validated"] < step:
+                state["validated"] = step
+                result = on_rank_0(measure, args, folder, clip, val_rows, step)
+                if score(result) > score(state["best"]):
+                    state["best"] = {"step": step, **result}
+                    save("best.pt")
+                save("last.pt")
+            if step == total:
+                break
+            # batch
+            began = time.perf_counter()
+            micro = [to_device(next(batches), device) for _ in range(args.accumulate)]
+            waited = time.perf_counter() - began
+            if step == 0 and args.framework == "sigmoid":
+                set_first_bias(clip, criterion, micro, args.seed)
+            # learning rate
+            lr = learning_rate(step, args, epoch_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            # forward + loss + backward
+            optimizer.zero_grad()
+            key = (args.seed, step, RANK)
+            if args.accumulate == 1:
+                losses = plain_step(model, criterion, micro[0], autocast, key)
+            else:
+                losses = cached_step(model, criterion, micro, autocast, key)
+            grad_norm = torch.nn.utils.clip_grad_norm_(clip.parameters(), args.clip)
+            temperature = 1 / clip.logit_scale.exp()  # the parameter is a logarithm
+            numbers = losses | {"grad_norm": grad_norm, "temperature": temperature}
+            if args.framework == "sigmoid":
+                numbers["logit_bias"] = clip.logit_bias
+            # the numbers of all ranks in one copy: only here a step waits for the device
+            bad = sum(batch["bad"] for batch in micro)
+            counts = torch.tensor([len(signals), bad], dtype=torch.float32)
+            counts = counts.to(device, non_blocking=True)
+            if WORLD > 1:
+                dist.all_reduce(counts)
+            numbers["signals"], numbers["unreadable"] = counts
+            copied = torch.stack(list(numbers.values())).tolist()
+            values = dict(zip(numbers, copied, strict=True))
+            # step, unless a number is bad, which is so on all ranks
+            state["step"] = step + 1
+            state["unreadable"] += int(values["unreadable"])
+            if all(map(math.isfinite, values.values())):
+                optimizer.step()
+                clip.clamp_temperature()
+                skipped_in_a_row = 0
+            else:
+                state["skipped"] += 1
+                skipped_in_a_row += 1
+            if skipped_in_a_row == MAX_SKIPPED:
+                raise UserError(f"step {step + 1}: {MAX_SKIPPED} steps without finite numbers "
+                                "(null in log.jsonl): lower --lr")
+            # log
+            took = time.perf_counter() - began
+            log(folder, step=step + 1, epoch=step // epoch_steps, **values, lr=lr,
+                skipped=state["skipped"], data_wait=waited / took,
+                images_per_s=args.batch_size / took, memory_mb=memory_mb(device))
+            bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False,
+                            positives=f"{values['positives_text']:.1f}")
+            # checkpoint, also before a validation
+            if step + 1 in epoch_ends:
+                warn(values, state["unreadable"], args, path)
+                save("last.pt")
+            elif values["signals"] or (step + 1) % args.checkpoint_every == 0:
+                save("last.pt")
+            if values["signals"]:
+                say(f"a signal came: saved after step {step + 1}; to go on, give the same "
+                    f"command with --out {folder} --resume latest")
+                break
+    effective = state["skipped"] < state["step"]
+    if RANK == 0:
+        print(json.dumps({"run": str(folder), "system": args.system, "seed": args.seed,
+                          "finished": effective and state["validated"] >= total, **state}))
+        say(f"evaluate it   {how_to_evaluate(args, folder, path)}")
+    return effective
 
 
-def read_numbers(ranks, scalars, *counts):
-    """A step's numbers on the CPU, in one copy: the only time that a step waits for the device.
-
-    scalars: tensors by name, equal on all ranks; counts: numbers of this rank. Returns floats by
-    name, and the counts summed over ranks.
-    """
-    counts = torch.tensor(counts, dtype=torch.float32).to(ranks.device, non_blocking=True)
-    if ranks.world > 1:
-        dist.all_reduce(counts)
-    numbers = torch.stack([*scalars.values(), *counts]).detach().tolist()
-    return dict(zip(scalars, numbers, strict=False)), numbers[len(scalars):]
+def set_first_bias(clip, criterion, batches, seed):
+    """The sigmoid loss starts at the mean of the first batch's targets."""
+    rows = embed_all(clip, batches, contextlib.nullcontext(), (seed, 0, 0))
+    for name in ("image", "logit_scale", "logit_bias"):
+        del rows[name]
+    bias = criterion.initial_bias(**rows, **labels_of(batches))
+    torch.nn.init.constant_(clip.logit_bias, bias)
 
 
-def update(run, values):
-    """The optimiser's step, unless the numbers are bad: they are the same on all ranks."""
-    wrong = [name for name, value in values.items() if not math.isfinite(value)]
-    run.state.step += 1
-    if wrong:
-        run.state.skipped += 1
-        run.skipped_in_a_row += 1
-    else:
-        run.optimizer.step()
-        run.clip.clamp_temperature()
-        run.skipped_in_a_row = 0
-    if run.skipped_in_a_row == MAX_SKIPPED:
-        refuse(run.ranks, f"step {run.state.step}: {MAX_SKIPPED} steps in a row without finite "
-               f"numbers, the last in {', '.join(wrong)}")
-
-
-def warn(run, values):
+def warn(values, unreadable, args, path):
     """At the end of an epoch: replaced images, and soft labels that teach nothing."""
-    if run.state.unreadable:
-        say(run.ranks, f"warning: {run.state.unreadable} unreadable images were replaced so far; "
-            f"python data.py check {run.studies.manifest.path} lists them")
+    if unreadable:
+        say(f"warning: {unreadable} unreadable images were replaced so far; "
+            f"python data.py check {path} lists them")
     for name in ("text", "graph"):
         value = values.get(f"positives_{name}", 0.0)
-        if value > COLLAPSE * run.num_texts:
-            say(run.ranks, f"warning: positives_{name} is {value:.0f} of {run.num_texts}: the soft "
-                f"labels have nearly collapsed; raise --tau-{name} (softclip has none)")
+        if value > COLLAPSE * args.batch_size:
+            say(f"warning: positives_{name} is {value:.0f}: the soft labels have nearly collapsed; "
+                f"raise --tau-{name} (softclip has none)")
 
 
-def look_ahead(run, criterion, batches):
-    """Before step 1: what each threshold makes of these encoders; the sigmoid loss's first bias.
-
-    Similarities of reports depend on the encoder, so no threshold suits two of them.
-    """
-    batches = [to_device(batch, run.ranks.device) for batch in batches]
-    whole = embed_all(run.clip, batches, contextlib.nullcontext(), (run.args.seed, 0, 0))
-    inputs = {k: x for k, x in whole.items() if "text" in k or "graph" in k}
-    texts = torch.cat([x for name, x in inputs.items() if "text" in name])[:1024]  # (n, D)
-    positives = ""
-    for tau in (0.5, 0.7, 0.8, 0.9, 0.95, 0.98):
-        y_hat = soft_labels(texts @ texts.T, tau)                             # (n, n)
-        positives += f"   {tau}: {torch.special.entr(y_hat).sum(1).exp().mean():.1f}"
-    say(run.ranks,
-        f"positives     that a report has in effect among {len(texts)} of the first batch's "
-        f"{run.num_texts} texts, by --tau-text\n           {positives}\n"
-        f"              1: one-hot, as in CLIP; near {len(texts)}: all alike, nothing is learned; "
-        "choose a few")
-    if run.args.framework == "sigmoid":
-        bias = criterion.initial_bias(**inputs, **labels_of(batches))
-        torch.nn.init.constant_(run.clip.logit_bias, bias)
+def measure(args, folder, clip, val_rows, step):
+    """Zero-shot AUROC and retrieval@5 on the val rows, logged and shown; {} without any."""
+    if not len(val_rows):
+        return {}
+    result = validate(clip, val_rows, workers=args.workers)
+    clip.train()
+    log(folder, step=step, val=result)
+    say(f"step {step:>6}   val   auroc {result['auroc']}   retrieval@5 {result['retrieval@5']}")
+    return result
 
 
-# ---------------------------------------------------------------- the run folder
+def score(result):
+    """What best.pt has the best of: zero-shot AUROC, without labels retrieval@5, never the loss."""
+    # ASSUMPTION: the model to evaluate is best.pt, the best zero-shot AUROC in validation.
+    for name in ("auroc", "retrieval@5"):
+        if result.get(name) is not None:
+            return result[name]
+    return -1
 
 
-class Run:
-    """What a run carries from step to step, and its record in the run folder.
-
-    All ranks call the methods together; rank 0 alone writes, and the others wait for it.
-    """
-
-    def __init__(self, args, ranks, folder, path):
-        self.args = args
-        self.ranks = ranks
-        self.folder = folder
-        negatives, graphs, _ = SYSTEMS[args.system]
-        torch.manual_seed(args.seed)  # weights are the same on all ranks
-        clip = ClinicalCLIP(args.image_encoder, args.text_encoder, args.width, args.image_size,
-                            graph=graphs, framework=args.framework)
-        self.clip = clip.to(ranks.device).train()
-        self.studies = Studies(Manifest(path, "train", args.image_root), tokenize=clip.tokenize,
-                               image_size=args.image_size, negatives=negatives, graphs=graphs,
-                               uncertain=args.uncertain, seed=args.seed)
-        self.val_rows = Manifest(args.val or path, "val", args.image_root)
-        self.optimizer = torch.optim.AdamW(parameter_groups(clip, args.weight_decay), lr=args.lr,
-                                           fused=ranks.device.type == "cuda")
-        self.num_texts = args.batch_size * (2 if negatives else 1)
-        self.epoch_steps = len(self.studies) // args.batch_size
-        self.total = min(args.epochs * self.epoch_steps, args.max_steps or sys.maxsize)
-        self.state = SimpleNamespace(step=0, validated=0, skipped=0, unreadable=0, best={})
-        self.skipped_in_a_row = 0
-        self.saved_step = None  # of last.pt, if this run wrote it or took it up
-        self.log_bytes = 0  # of log.jsonl, at the checkpoint that this run goes on from
-
-    def resume(self, checkpoint):
-        """Go on from a checkpoint; refuse flags and data that would make it another run."""
-        saved = load_checkpoint(checkpoint)
-        changed = [f"--{name.replace('_', '-')} was {saved['flags'].get(name)!r}, is now {value!r}"
-                   for name, value in self.flags().items() if saved["flags"].get(name) != value]
-        expect(not changed, "cannot resume", f"the same flags: {'; '.join(changed)}")
-        expect(saved.get("data") == self.studies.manifest.digest(), "cannot resume",
-               f"the same data: the training rows of {self.studies.manifest.path} are others now")
-        self.clip.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.state = SimpleNamespace(**saved["state"])
-        self.log_bytes = saved.get("log_bytes", sys.maxsize)  # older ones leave the log whole
-        if checkpoint == self.folder / "last.pt":
-            self.saved_step = self.state.step
-        val = self.val_rows.digest()
-        if not (self.folder / "best.pt").exists() or saved.get("val", val) != val:
-            self.state.best = {}  # it stayed in another folder, or was the best of other rows
-        if saved["world"] != self.ranks.world:
-            say(self.ranks, f"warning: the run had {saved['world']} ranks and has "
-                f"{self.ranks.world} now; it goes on, but not bit by bit")
-
-    def flags(self):
-        return {k: v for k, v in vars(self.args).items() if k not in FREE_ON_RESUME}
-
-    def epoch_is_over(self):
-        return self.state.step % self.epoch_steps == 0 or self.state.step >= self.total
-
-    def is_finished(self):
-        """Whether all steps are made and validated, some with an effect, and last.pt holds them."""
-        return (self.state.validated >= self.total and self.state.skipped < self.state.step
-                and self.saved_step == self.state.step)
-
-    def log(self, **record):
-        """Append a record to log.jsonl; what is no number becomes null."""
-        if self.ranks.rank == 0:
-            for name, value in record.items():
-                if isinstance(value, float) and not math.isfinite(value):
-                    record[name] = None
-            try:
-                with open(self.folder / "log.jsonl", "a") as file:
-                    file.write(json.dumps(record) + "\n")
-            except OSError as error:  # a full disk; the run goes on
-                say(self.ranks, f"warning: log.jsonl: a line was not written ({error.strerror})")
-
-    def start_record(self):
-        """config.json, the tokenizer and the head of the log; what is after the checkpoint goes."""
-        self.clip.save_tokenizer(self.folder / "tokenizer")
-        with open_atomic(self.folder / "config.json") as file:
-            config = {"flags": vars(self.args), "world": self.ranks.world, **provenance()}
-            json.dump(config, file, indent=1)
-        with open(self.folder / "log.jsonl", "a") as file:
-            file.truncate(min(file.tell(), self.log_bytes))
-        self.log(argv=sys.argv, from_step=self.state.step, time=time.strftime("%Y-%m-%d %H:%M:%S"))
-        say(self.ranks,
-            f"run folder    {self.folder}\n"
-            f"data          {len(self.studies):,} training and {len(self.val_rows):,} validation "
-            "studies (without any: no best.pt)\n"
-            f"steps         {self.state.step} to {self.total:,}, {self.args.batch_size} studies "
-            f"each, {self.ranks.world} rank(s) on {self.ranks.device.type}")
-
-    def save(self, name="last.pt"):
-        """Write a checkpoint, by rank 0. Returns whether it was written."""
-        written = on_rank_0(self.ranks, lambda: self.write(self.folder / name))
-        if written and name == "last.pt":
-            self.saved_step = self.state.step
-        return written
-
-    def write(self, path):
-        """The same on rank 0; a full disk costs that checkpoint.
-
-        Renames alone, which any file system can: last to previous, new to last. Readers take
-        previous.pt while there is no last.pt. A last.pt that this run has not written or read may
-        be damaged, and must not take the place of previous.pt.
-        """
-        buffer = io.BytesIO()
-        torch.save({"model": self.clip.state_dict(), "model_config": self.clip.config,
-                    "optimizer": self.optimizer.state_dict(), "state": vars(self.state),
-                    "flags": self.flags(), "world": self.ranks.world,
-                    "data": self.studies.manifest.digest(), "val": self.val_rows.digest(),
-                    "log_bytes": os.path.getsize(self.folder / "log.jsonl")}, buffer)
-        spare = "last.damaged.pt" if self.saved_step is None else "previous.pt"
-        try:
-            with open_atomic(path, "wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                if path.name == "last.pt" and path.exists():
-                    os.replace(path, self.folder / spare)
-        except UserError as error:
-            say(self.ranks, f"warning: {error}; the one before stands")
-            return False
-        return True
-
-    def validate(self):
-        """Zero-shot AUROC and retrieval on the val rows; best.pt keeps the best, never the loss."""
-        self.save()  # a signal during validation loses nothing
-        self.state.validated = self.state.step
-        if len(self.val_rows):
-            before = self.state.best
-            better = on_rank_0(self.ranks, self.measure)
-            self.state.best = better or before
-            if better and not self.save("best.pt"):
-                self.state.best = before
-        self.save()
-
-    def measure(self):
-        """Validate and log; the result where it is the best so far, else None."""
-        # ASSUMPTION: the model to evaluate is best.pt, the best zero-shot AUROC in validation.
-        result = validate(self.clip, self.val_rows, workers=self.args.workers)
-        self.clip.train()
-        self.log(step=self.state.step, val=result)
-        say(self.ranks, f"step {self.state.step:>6}   val   "
-            + "   ".join(f"{name} {value}" for name, value in result.items()))
-        by = "retrieval@5" if result["auroc"] is None else "auroc"
-        if self.state.best and (result[by] or 0) <= (self.state.best[by] or 0):
-            return None
-        return {"step": self.state.step, **result}
-
-
-@contextlib.contextmanager
-def open_folder(args):
-    """The run folder, --out or a fresh one, locked; it goes again if nothing came of it."""
-    fresh = (Path(f"runs/run-{number:03}") for number in itertools.count(1))
-    folder = Path(args.out or next(path for path in fresh if not path.exists()))
-    goes_on = args.resume and (args.resume == "latest" or Path(args.resume).parent == folder)
+def main(argv=None):
+    args = parse_args(argv)
+    device = start_ranks()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        expect(goes_on or not os.listdir(folder), folder, "a new folder, found another run's: "
-               "continue that with --resume latest or choose another --out")
-        lock = open(folder / ".lock", "a")
-    except OSError as error:
-        raise UserError(f"{folder}: expected a folder to write to ({error.strerror})") from None
-    with lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # reading processes do not inherit it
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"{folder}: in use by another process") from None
-        except OSError as error:
-            print(f"warning: {folder}: cannot be locked ({error.strerror}); two runs in it would "
-                  "spoil each other", file=sys.stderr)
-        for leftover in folder.glob(".*.pt.*.tmp"):  # of a save that a kill cut short
-            leftover.unlink()
-        try:
-            yield folder
-        finally:
-            if os.listdir(folder) == [".lock"]:
-                shutil.rmtree(folder)
-
-
-def find_checkpoint(args, folder):
-    """What --resume names: a path, or the newest intact checkpoint of --out; None to start."""
-    if args.resume != "latest":
-        return args.resume
-    paths = [path for path in (folder / "last.pt", folder / "previous.pt") if path.exists()]
-    for path in paths:
-        try:
-            load_checkpoint(path)
-            return str(path)
-        except ModelError as error:
-            print(f"warning: passed over {error}", file=sys.stderr)
-    expect(not paths, folder, "an intact checkpoint; remove the folder to start afresh")
-    return None
-
-
-def memory_mb(device):
-    """Peak memory of this process, on the GPU where there is one."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated() / 2**20)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+        effective = train(args, device)
+    except Exception as error:
+        give_up(error)
+    leave_ranks()
+    if not effective:
+        sys.exit(1)
 
 
 # ---------------------------------------------------------------- data
@@ -524,32 +373,38 @@ def memory_mb(device):
 def phantom():
     """The embedded data set in runs/phantom, annotated anew like any report by today's rules."""
     raw = make_phantom("runs/phantom", studies=PHANTOM_STUDIES)
-    path = raw.with_name("phantom_neg.jsonl")
+    path = "runs/phantom/phantom_neg.jsonl"
     with open_atomic(path) as file:
-        for _, record in tqdm(read_jsonl(raw), total=PHANTOM_STUDIES, desc="phantom reports"):
+        for _, record in tqdm(read_jsonl(raw), "phantom reports", PHANTOM_STUDIES):
             file.write(json.dumps(annotate(record), ensure_ascii=False) + "\n")
-    return str(path)
+    return path
 
 
 def check_rows(args, path):
     """Rows enough to train, each with what the system needs; rows that validate may be none."""
-    rows = Manifest(path, "train")
+    expect(any(Manifest(path).columns["split"]), path, "rows of split train, no rows have a split")
     Manifest(args.val or path)
+    rows = Manifest(path, "train")
     expect(len(rows) >= args.batch_size, path, f"at least --batch-size {args.batch_size} rows "
            f"of split train, got {len(rows)}")
     _, graphs, _ = SYSTEMS[args.system]
-    ready = rows.labelled & (rows.with_graphs | (not graphs))
-    needed = "report, labels and graph" if graphs else "report and labels"
-    expect(ready.all(), rows.where(np.argmin(ready)), f"{needed}, also of each hard negative, for "
-           f"--system {args.system}; run negations.py on it first")
-    empty = rows.columns["reports"] == patient_hash("")
-    expect(not empty.any(), rows.where(np.argmax(empty)), "a report that is not empty")
+    ready = rows.labelled & (rows.columns["reports"] != patient_hash(""))
+    if graphs:
+        ready &= rows.with_graphs
+    expect(ready.all(), rows.where(np.argmin(ready)), "a report that is not empty, labels, and for "
+           "G systems a graph, also of each hard negative; run negations.py on it first")
 
 
-def check_reading(run):
-    """Before step 1: a training image, in case the image root is wrong, and all that validate."""
-    run.studies[0, 0]
-    check_images(run.val_rows, run.args.workers)
+def build(args, path):
+    """The network, the studies to train with and the rows to validate with."""
+    negatives, graphs, _ = SYSTEMS[args.system]
+    torch.manual_seed(args.seed)  # weights are the same on all ranks
+    clip = ClinicalCLIP(args.image_encoder, args.text_encoder, args.width, args.image_size,
+                        graph=graphs, framework=args.framework)
+    studies = Studies(Manifest(path, "train", args.image_root), tokenize=clip.tokenize,
+                      image_size=args.image_size, negatives=negatives, graphs=graphs,
+                      uncertain=args.uncertain, seed=args.seed)
+    return clip, studies, Manifest(args.val or path, "val", args.image_root)
 
 
 def read_batches(studies, args, step, rank, world):
@@ -570,6 +425,13 @@ def read_batches(studies, args, step, rank, world):
                           pin_memory=torch.cuda.is_available())
 
 
+def start_worker(_worker):
+    """A reading process outlives signals, which the last step needs, but not its parent."""
+    for name in HEEDED:
+        signal.signal(name, signal.SIG_IGN)
+    gc.freeze()  # a collection would touch, and so copy, every inherited page
+
+
 def to_device(x, device):
     """Move the tensors of a batch, however nested; a GPU copies while the CPU goes on."""
     if isinstance(x, dict):
@@ -579,118 +441,194 @@ def to_device(x, device):
     return x
 
 
-# ---------------------------------------------------------------- ranks, signals
+# ---------------------------------------------------------------- the run folder
 
 
-@dataclass
-class Ranks:
-    """This process among those that torchrun started, and the store at which they can wait."""
+def choose_folder(args):
+    """The run folder: --out or a fresh one."""
+    number = 1
+    while os.path.exists(f"runs/run-{number:03}"):
+        number += 1
+    folder = Path(args.out or f"runs/run-{number:03}")
+    goes_on = args.resume == "latest" or Path(args.resume or "") == folder / "last.pt"
+    expect(goes_on or not list(folder.glob("*")), folder, "a new folder, found another run's: "
+           "continue that with --resume latest or choose another --out")
+    return folder
 
-    rank: int
-    world: int
-    device: torch.device
-    store: dist.Store | None = None
+
+def load_resumed(args, folder):
+    """What --resume names, or None to start; refuses flags that would make it another run."""
+    checkpoint = args.resume
+    if checkpoint == "latest":
+        checkpoint = on_rank_0(restore_newest, folder)
+    if not checkpoint:
+        return None
+    saved = load_checkpoint(checkpoint)
+    for name, value in vars(args).items():
+        was = saved["flags"].get(name)
+        expect(was == value or name in FREE_ON_RESUME, f"--{name.replace('_', '-')}",
+               f"{was!r} to resume what was begun with that, got {value!r}")
+    if Path(checkpoint).parent != folder:
+        saved["val"] = None  # best.pt stayed there
+    return saved
+
+
+def restore_newest(folder):
+    """last.pt if it is intact, else previous.pt, which then takes its place; None without any."""
+    for path in (folder / "last.pt", folder / "previous.pt"):
+        try:
+            if path.exists():
+                load_checkpoint(path)
+                path.replace(folder / "last.pt")
+                return folder / "last.pt"
+        except ModelError as error:
+            say(f"warning: passed over {error}")
+    expect(not list(folder.glob("*.pt")), folder,
+           "an intact checkpoint; remove the folder to start afresh")
+
+
+def take_up(saved, clip, optimizer, digests):
+    """Go on from a checkpoint, unless the training rows are others. Returns its state."""
+    expect(saved["data"] == digests["data"], "cannot resume",
+           "the same data: the training rows are others now")
+    clip.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    state = saved["state"]
+    if saved["val"] != digests["val"]:  # other rows, or a new folder, have a best of their own
+        state |= {"validated": 0, "best": {}}
+    return state
+
+
+def start_record(args, folder, clip, studies, val_rows):
+    """After a look at the images: config.json, the tokenizer and a line of the log."""
+    studies[0, 0]  # in case the image root is wrong
+    check_images(val_rows, args.workers)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open_atomic(folder / "config.json") as file:
+        json.dump({"flags": vars(args), "world": WORLD, **provenance()}, file, indent=1)
+    clip.save_tokenizer(folder / "tokenizer")
+    log(folder, argv=sys.argv)
+    say(f"run folder    {folder}\n"
+        f"data          {len(studies):,} training and {len(val_rows):,} validation studies "
+        f"(without any: no best.pt), {WORLD} rank(s)")
+
+
+def write_checkpoint(path, content):
+    """Write path by rank 0, whole or not at all.
+
+    Renames alone, which any file system can: last to previous, new to last. Readers take
+    previous.pt while there is no last.pt.
+    """
+    if RANK > 0:
+        return
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with open_atomic(path, "wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        if path.name == "last.pt" and path.exists():
+            path.replace(path.with_name("previous.pt"))
+
+
+def log(folder, **record):
+    """Append a record to log.jsonl, by rank 0; what is no number becomes null."""
+    if RANK == 0:
+        record = json.loads(json.dumps(record), parse_constant=lambda _: None)
+        with open(folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def memory_mb(device):
+    """Peak memory of this process, on the GPU where there is one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() // 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10
+
+
+def how_to_evaluate(args, folder, path):
+    """The command that evaluates a run, on a split that has rows."""
+    splits = Manifest(path).columns["split"]
+    split = next(name for name in ("test", "val", "train") if name in splits)
+    command = f"python evaluate.py {folder} --data {path} --split {split}"
+    if args.image_root:
+        command += f" --image-root {args.image_root}"
+    return command
+
+
+# ---------------------------------------------------------------- ranks, signals, errors
 
 
 def start_ranks():
-    """Join the process group that torchrun describes."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    ranks = Ranks(rank, world, torch.device("cpu"))
+    """Join the process group that torchrun describes. Returns this rank's device."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the loop listens it ends all, silently
+    device, backend = "cpu", "gloo"
     if torch.cuda.is_available():
-        ranks.device = torch.device("cuda", local)
-        torch.cuda.set_device(ranks.device)
-    if world > 1:
-        ranks.store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=world, store=ranks.store,
-                                timeout=TIMEOUT)
-    return ranks
+        device, backend = "cuda", "nccl"
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if WORLD > 1:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    return torch.device(device)
 
 
 def leave_ranks():
     """End the process group, and with it its threads, while Python still runs.
 
     A thread of gloo that lets go of a tensor after that aborts the process. DistributedDataParallel
-    holds the group, so it has to go first, out of an error's frames too.
+    holds the group, so it has to go first.
     """
     if dist.is_initialized():
-        error = sys.exc_info()[1]
-        while error is not None:
-            traceback.clear_frames(error.__traceback__)
-            error = error.__context__
         gc.collect()
+        dist.barrier()  # who leaves early takes the others' connections along
         dist.destroy_process_group()
 
 
-def on_rank_0(ranks, function):
-    """Run `function` on rank 0 alone; every rank gets its result, which JSON must hold.
-
-    The others wait at the store, not in an exchange: validating a large set takes longer than a
-    rank may be lost. If `function` fails they leave, and the error is rank 0's to show.
-    """
-    if ranks.world == 1:
-        return function()
-    turn = ranks.store.add(f"turn of rank {ranks.rank}", 1)
-    if ranks.rank == 0:
-        reply = {"failed": True}
-        try:
-            reply = {"result": function()}
-        finally:
-            ranks.store.set(f"turn {turn}", json.dumps(reply))
-    else:
-        ranks.store.wait([f"turn {turn}"], PATIENCE)
-        reply = json.loads(ranks.store.get(f"turn {turn}"))
-        if "failed" in reply:
-            sys.exit(2)
-    return reply["result"]
+def on_rank_0(function, *inputs):
+    """Call a function on rank 0 alone; every rank waits for its result and gets it."""
+    result = [None]
+    if RANK == 0:
+        result = [function(*inputs)]
+    if WORLD > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
 
 
-def say(ranks, line):
+def say(line):
     """One line on stderr, from rank 0, above the progress bar."""
-    if ranks.rank == 0:
+    if RANK == 0:
         tqdm.write(line, file=sys.stderr)
 
 
-def refuse(ranks, message):
-    """A UserError that all ranks come to together: rank 0 says it, the others leave."""
-    if ranks.rank:
-        sys.exit(2)
-    raise UserError(message)
-
-
 def listen():
-    """A list that grows by each SIGTERM or SIGUSR1 to this rank."""
+    """From now on signals do not end this rank: the list that those which come are added to."""
     signals = []
-    for name in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, lambda number, _frame: signals.append(number))
+
+    def heed(number, _frame):
+        signals.append(number)
+
+    for name in HEEDED:
+        signal.signal(name, heed)
     return signals
 
 
-def start_worker(_worker):
-    """Reading processes outlive a signal to their group by half a minute, for the last save."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
-    for name in (signal.SIGUSR1, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)
-    gc.freeze()  # a collection would touch, and so copy, every inherited page
-
-
-@contextlib.contextmanager
-def user_errors():
-    """What a user can mend while training runs, as one line."""
-    try:
-        yield
-    except UserError as error:  # a reading process puts its traceback before the message
-        raise UserError(str(error).rstrip().split("UserError: ")[-1]) from None
-    except torch.OutOfMemoryError:
-        raise UserError("the GPU's memory is full; raise --accumulate, which keeps the batch and "
-                        "its gradient, or lower --batch-size or --image-size") from None
-    except (EOFError, ConnectionError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
+def give_up(error):
+    """End with one line where a user can mend it, else with a traceback."""
+    message = str(error).rstrip().split("UserError: ")[-1]  # a reading process's has a traceback
+    if isinstance(error, torch.OutOfMemoryError):
+        message = ("the GPU's memory is full; raise --accumulate, which keeps the batch and its "
+                   "gradient, or lower --batch-size or --image-size")
+    elif isinstance(error, (EOFError, ConnectionError)) or "DataLoader worker (pid" in message:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler may raise once more
-        raise UserError("a reading process was killed; if memory is short, lower --workers"
-                        ) from None
+        message = "a reading process was killed; if memory is short, lower --workers"
+    elif "by peer" in message:  # gloo's connection was closed or reset
+        message = f"rank {RANK} lost another rank, whose message says why"
+    elif not isinstance(error, (UserError, ModelError, OSError)):  # a bug of ours
+        if WORLD == 1:
+            raise error
+        message = traceback.format_exc()
+    if WORLD == 1:
+        raise UserError(message) from None
+    print(f"error: {message}", file=sys.stderr)
+    os._exit(2)  # at once: to end the group would wait for ranks that wait for this one
 
 
 # ---------------------------------------------------------------- flags
@@ -699,44 +637,37 @@ def user_errors():
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument_group("data").add_argument
-    add("--train", metavar="X.jsonl", help="manifest with labels and, for N and G systems, hard "
-        "negatives and graphs (negations.py); none: the phantom is drawn into runs/phantom")
-    add("--val", metavar="Y.jsonl", help="manifest whose val rows validate; none: those of --train")
-    add("--image-root", metavar="DIR", help="overrides the manifest's image folder")
+    add = parser.add_argument
+    add("--train", help="manifest that negations.py wrote; none: the phantom, in runs/phantom")
+    add("--val", help="manifest whose val rows validate; none: those of --train")
+    add("--image-root", help="overrides the manifest's image folder")
     add("--uncertain", choices=("positive", "negative"), default="positive",
         help="what an uncertain label counts as in C")
-    add("--workers", type=minimum(0), default=2, help="reading processes per rank; about the "
-        "number of cores per GPU, 0 to read in between")
-    add = parser.add_argument_group("model").add_argument
+    add("--workers", type=minimum(0), default=2,
+        help="reading processes per rank; about the cores per GPU, 0 to read in between")
     add("--system", choices=SYSTEMS, default="clip-ng-dtcg", help="row of Tab. 2")
     add("--framework", choices=("softmax", "sigmoid"), default="softmax",
         help="Eq. 1-2, or SigLIP's loss with the same soft labels")
     # DIFFERS from Sec. 5.2: small encoders and images are the default; the paper's are flags.
-    add("--image-encoder", default="tiny", metavar="tiny|swin-t|PATH",
-        help="swin-t is the paper's with random weights, PATH a file of torchvision's Swin-T")
-    add("--text-encoder", default="tiny", metavar="tiny|PATH|ID",
-        help="BERT-family folder or hub id; the paper's is emilyalsentzer/Bio_ClinicalBERT")
+    add("--image-encoder", default="tiny",
+        help="tiny, swin-t (the paper's, random) or a file of torchvision's Swin-T weights")
+    add("--text-encoder", default="tiny",
+        help="tiny, a BERT's folder or hub id; the paper's is emilyalsentzer/Bio_ClinicalBERT")
     add("--image-size", type=minimum(32), default=64, help="pixels; the paper's is 224")
     add("--width", type=minimum(1), default=512, help="width D of the joint embedding")
-    add = parser.add_argument_group("loss (Eq. 4-10; the paper publishes no values)").add_argument
-    for letter, stream in zip("TCG", ("text", "clinical", "graph"), strict=True):
-        add(f"--w-{stream}", type=minimum(0, float), default=1.0,
-            help=f"weight w_{letter} of Eq. 10")
     for stream, tau in DynamicSoftContrastiveLoss().thresholds.items():
+        add(f"--w-{stream}", type=minimum(0, float), default=1.0,
+            help="weight of the stream in Eq. 10")
+        # At 1 labels are one-hot; positives near the number of texts mean that they collapsed.
         add(f"--tau-{stream}", type=minimum(0, float, below=1), default=tau,
-            help="threshold; start from one at which a report has a few positives (shown before "
-            "step 1 for text) and watch them in log.jsonl: at 1 labels are one-hot, near the "
-            "number of texts they have collapsed")
-    add("--row-chunk", type=minimum(1), help="rows of the loss at a time; fewer save memory")
+            help="threshold; choose one at which log.jsonl's positives are a few")
     # ASSUMPTION: AdamW's rate, schedule, epochs, batch are CXR-CLIP's; tiny encoders get lr 1e-3.
     # DIFFERS from CXR-CLIP: gradients are clipped, norms, biases, temperature do not decay.
-    add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=minimum(1), default=15, help="passes over the training rows")
     add("--max-steps", type=minimum(1), help="stop early; the rate still follows --epochs")
     add("--batch-size", type=minimum(2), default=128, help="global batch N, over all ranks")
-    add("--accumulate", type=minimum(1), default=1, help="micro-batches per step and rank: memory "
-        "of one, negatives and gradients of all")
+    add("--accumulate", type=minimum(1), default=1,
+        help="micro-batches per step and rank: memory of one, negatives and gradients of all")
     add("--lr", type=minimum(0, float),
         help="peak learning rate; none: 5e-5, or 1e-3 with two tiny encoders")
     add("--weight-decay", type=minimum(0, float), default=1e-4,
@@ -745,83 +676,20 @@ def parse_args(argv=None):
     add("--clip", type=minimum(1e-9, float), default=1.0, help="largest gradient norm")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 autocasts the encoders")
     add("--seed", type=minimum(0), default=0, help="weights, data order, augmentation, dropout")
-    add = parser.add_argument_group("run").add_argument
-    add("--out", metavar="runs/NAME", help="run folder; none: a fresh one below runs/")
-    add("--resume", metavar="PATH|latest", help="a checkpoint, or the newest intact one of --out")
+    add("--out", help="run folder; none: a fresh one below runs/")
+    add("--resume", help="latest, --out's newest intact checkpoint, or one for a new --out")
     add("--checkpoint-every", type=minimum(1), default=500, help="steps between saves")
     args = parser.parse_args(argv)
     if args.resume == "latest" and not args.out:
         parser.error("--resume latest: expected --out, the run folder to continue")
     if args.framework == "sigmoid" and args.system == "softclip":
         parser.error("--framework sigmoid: has no softclip, whose targets are a softmax")
+    if args.batch_size % (WORLD * args.accumulate):
+        parser.error(f"--batch-size {args.batch_size}: expected a multiple of {WORLD} ranks x "
+                     f"--accumulate {args.accumulate}")
     if args.lr is None:
         args.lr = 1e-3 if args.image_encoder == args.text_encoder == "tiny" else 5e-5
     return args
-
-
-def prepare(args, ranks, folder):
-    """A run that can start; what a user can have wrong is refused here."""
-    expect(args.batch_size % (ranks.world * args.accumulate) == 0,
-           f"--batch-size {args.batch_size}",
-           f"a multiple of {ranks.world} ranks x --accumulate {args.accumulate}")
-    checkpoint = on_rank_0(ranks, lambda: find_checkpoint(args, folder))
-    path = args.train or on_rank_0(ranks, phantom)
-    on_rank_0(ranks, lambda: check_rows(args, path))  # alone first, since it writes the sidecars
-    try:
-        run = Run(args, ranks, folder, path)
-        if checkpoint:
-            run.resume(Path(checkpoint))
-    except ModelError as error:
-        raise UserError(f"--image-encoder, --text-encoder, --resume: {error}") from None
-    if run.state.validated < run.total:
-        on_rank_0(ranks, lambda: check_reading(run))
-    return run
-
-
-def start_run(run):
-    """From the first line of the log to the last checkpoint."""
-    on_rank_0(run.ranks, run.start_record)
-    step = run.state.step
-    model = run.clip
-    if run.ranks.world > 1:
-        model = DistributedDataParallel(model)
-    criterion = build_loss(run.args)
-    batches = read_batches(run.studies, run.args, step, run.ranks.rank, run.ranks.world)
-    bar = tqdm(total=run.total, initial=step, desc=run.args.system, disable=run.ranks.rank > 0)
-    with user_errors(), contextlib.closing(batches), bar:
-        first = []
-        if step == 0:
-            first = list(itertools.islice(batches, run.args.accumulate))
-            look_ahead(run, criterion, first)
-        train(run, model, criterion, itertools.chain(first, batches), bar)
-    if run.saved_step != run.state.step:
-        run.save()
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    began = time.perf_counter()
-    ranks = start_ranks()
-    try:
-        with contextlib.ExitStack() as stack:
-            folder = on_rank_0(ranks, lambda: str(stack.enter_context(open_folder(args))))
-            run = prepare(args, ranks, Path(folder))
-            if not run.is_finished():
-                start_run(run)
-        if ranks.rank == 0:
-            print(json.dumps({"run": folder, "system": args.system, "seed": args.seed,
-                              "finished": run.is_finished(), **vars(run.state),
-                              "seconds": round(time.perf_counter() - began)}))
-            words = ["python", "evaluate.py", folder, "--data", run.studies.manifest.path]
-            if args.image_root:
-                words += ["--image-root", args.image_root]
-            say(ranks, f"evaluate it   {shlex.join(words)}")
-        if ranks.world > 1:
-            dist.barrier()  # who leaves early takes the others' connections along
-    finally:
-        leave_ranks()
-    if run.state.validated >= run.total and not run.is_finished():
-        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -157,7 +157,8 @@ class Base:
         self.sidecar = Path(f"{self.manifest}.index.npz").read_bytes()
         train.main(["--train", str(self.manifest), "--out", str(folder / "run"), "--max-steps", "1",
                     "--batch-size", "8", "--image-size", "32", "--width", "16", "--workers", "0"])
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py's would outlive it here
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py's handlers would outlive it here
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         self.checkpoint = (folder / "run/last.pt").read_bytes()
         self.saved = model.load_checkpoint(folder / "run/last.pt")
         self.images = self.make_images(Path(self.raw[0]["root"]) / self.raw[0]["image"])

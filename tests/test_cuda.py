@@ -7,20 +7,20 @@ import json
 import os
 import signal
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from test_train import (
+    Ranks,
+    clean_up,  # noqa: F401, a fixture
     criterion,
     difference,
     gradients,
-    kill_all,
     read_log,
     run,
     start,
+    state,
     step,
     steps_done,
     wait_for,
@@ -31,9 +31,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import evaluate
 import train
-from data import Manifest, Studies, UserError
+from data import Manifest, Studies
 from loss import DynamicSoftContrastiveLoss, SigmoidSoftContrastiveLoss
-from model import ClinicalCLIP, load_checkpoint, load_model
+from model import ClinicalCLIP, load_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 CUDA = torch.device("cuda", 0)
@@ -42,11 +42,8 @@ CUDA = torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def restore_cuda():
     """A test may stop in the middle of what it switched on."""
-    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1)}
     yield
     torch.cuda.set_sync_debug_mode("default")
-    for name, handler in before.items():
-        signal.signal(name, handler)
 
 
 def make_step(phantom, size=8, framework="softmax"):
@@ -134,7 +131,7 @@ def test_a_warm_step_waits_for_the_device_only_to_read_its_numbers(phantom, prec
     clip, batch = make_step(phantom)
     clip.to(CUDA)
     batch.pop("bad")
-    loss, ranks = criterion(), train.Ranks(0, 1, CUDA)
+    loss = criterion()
     optimizer = torch.optim.AdamW(train.parameter_groups(clip, 1e-4), lr=1e-3, fused=True)
     autocast = torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16")
     for mode in ("default", "default", "error"):
@@ -144,7 +141,7 @@ def test_a_warm_step_waits_for_the_device_only_to_read_its_numbers(phantom, prec
         out = train.plain_step(clip, loss, moved, autocast, (0, 0, 0))
         out["grad_norm"] = torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
         torch.cuda.set_sync_debug_mode("default")
-        values, _ = train.read_numbers(ranks, out, 0, 0)
+        values = dict(zip(out, torch.stack(list(out.values())).tolist(), strict=True))
         torch.cuda.set_sync_debug_mode(mode)
         optimizer.step()
         clip.clamp_temperature()
@@ -158,7 +155,7 @@ def test_a_warm_step_waits_for_the_device_only_to_read_its_numbers(phantom, prec
 # ---------------------------------------------------------------- ranks
 
 
-def one_nccl_rank(rank, phantom, folder):
+def one_nccl_rank(phantom):
     clip, batch = make_step(phantom)
     clip.to(CUDA)
     moved = train.to_device(batch, CUDA)
@@ -166,30 +163,28 @@ def one_nccl_rank(rank, phantom, folder):
                              (0, 0, 0))["loss"].item()
     expected = gradients(clip)
     clip.zero_grad()
-    dist.init_process_group("nccl", f"file://{folder}/store", rank=rank, world_size=1)
+    dist.init_process_group("nccl")
     model = DistributedDataParallel(clip)
     loss = train.plain_step(model, criterion(), moved, torch.autocast("cuda", enabled=False),
                             (0, 0, 0))["loss"].item()
     assert loss == pytest.approx(alone, rel=1e-5)
     assert difference(gradients(clip), expected) < 1e-3
-    objects = [None]
-    dist.all_gather_object(objects, {"rows": [3]})
-    assert objects == [{"rows": [3]}]
-    dist.barrier()
+    train.WORLD = 2  # so that the group is used
+    assert train.on_rank_0(dict, {"rows": [3]}) == {"rows": [3]}
     del model
     train.leave_ranks()
 
 
 def test_one_rank_of_nccl_has_the_gradient_of_no_group(phantom, tmp_path):
-    mp.spawn(one_nccl_rank, (phantom, tmp_path), nprocs=1)
+    ranks = Ranks(tmp_path / "logs", 1, one_nccl_rank, phantom)
+    assert ranks.wait(120) == [0], ranks.read("err")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
 def test_two_gpus_share_one_loss_curve(phantom, tmp_path):
     for ranks in (1, 2):
-        process = start(phantom, tmp_path / str(ranks), "--max-steps", "4", ranks=ranks)
-        _, err = process.communicate(timeout=180)
-        assert process.returncode == 0, err
+        started = start(phantom, tmp_path / str(ranks), "--max-steps", "4", ranks=ranks)
+        assert set(started.wait(180)) == {0}, started.read("err")
     one, two = (read_log(tmp_path / str(ranks)) for ranks in (1, 2))
     for number in one:
         assert one[number]["loss"] == pytest.approx(two[number]["loss"], rel=1e-3)
@@ -201,11 +196,11 @@ def test_two_gpus_share_one_loss_curve(phantom, tmp_path):
 def test_a_killed_run_resumes_with_the_same_losses(phantom, tmp_path):
     """Not bit by bit, since some of CUDA's sums have no fixed order; for three steps to 1e-5."""
     out, flags = tmp_path / "run", ["--epochs", "500", "--checkpoint-every", "3"]
-    process = start(phantom, out, *flags)
+    started = start(phantom, out, *flags)
     wait_for(lambda: steps_done(out) >= 7)
-    kill_all(process)
-    args = train.parse_args(["--out", str(out), "--resume", "latest"])
-    saved = load_checkpoint(Path(train.find_checkpoint(args, out)))["state"]["step"]
+    started.kill()
+    train.newest(out)
+    saved = state(out)["step"]
     flags += ["--max-steps", str(saved + 3)]
     expected = run(phantom, tmp_path / "whole", *flags)
     log = run(phantom, out, *flags, "--resume", "latest")
@@ -215,24 +210,23 @@ def test_a_killed_run_resumes_with_the_same_losses(phantom, tmp_path):
 
 def test_a_signal_saves_and_leaves(phantom, tmp_path):
     out = tmp_path / "run"
-    process = start(phantom, out, "--epochs", "500")
+    started = start(phantom, out, "--epochs", "500")
     wait_for(lambda: steps_done(out) >= 2)
-    os.kill(process.pid, signal.SIGTERM)
-    stdout, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    assert "a signal came: saved after step" in err
-    assert not json.loads(stdout.splitlines()[-1])["finished"]
+    os.kill(started.pids[0], signal.SIGTERM)
+    assert started.wait() == [0] and "a signal came: saved after step" in started.read("err")
+    assert not json.loads(started.read("out").splitlines()[-1])["finished"]
 
 
-def scarce_rank(_, phantom, out):
+def scarce_memory():
     total = torch.cuda.mem_get_info()[1]
     torch.cuda.set_per_process_memory_fraction(64 * 2**20 / total)
-    with pytest.raises(UserError, match="the GPU's memory is full; raise --accumulate"):
-        run(phantom, out, "--batch-size", "64", "--image-size", "512")
 
 
 def test_too_little_memory_is_one_line_that_names_the_flags(phantom, tmp_path):
-    mp.spawn(scarce_rank, (phantom, tmp_path / "run"), nprocs=1)
+    started = start(phantom, tmp_path / "run", "--batch-size", "64", "--image-size", "512",
+                    fault=scarce_memory)
+    assert started.wait(120) == [2]
+    assert "error: the GPU's memory is full; raise --accumulate" in started.read("err")
 
 
 # ---------------------------------------------------------------- evaluation

@@ -78,10 +78,10 @@ def literal_loss(batch, scale, w_text, w_clinical, w_graph, tau_text, tau_clinic
                                          (tau_text, tau_clinical, tau_graph), soft)
     B = len(batch["image"])
     total = 0.0
-    for a, b in itertools.permutations(modalities, 2):  # "we use T1 and G1 ... compared with I"
+    for a, b in itertools.permutations(modalities, 2):
         A, Z = modalities[a], modalities[b]
         if b == "image":
-            A = A[:B]
+            A = A[:B]  # "we use T1 and G1 instead of T and G when compared with I"
         for w, tau, X in streams:
             L = 0.0
             for i in range(len(A)):
@@ -94,10 +94,10 @@ def literal_loss(batch, scale, w_text, w_clinical, w_graph, tau_text, tau_clinic
                     if S > tau:
                         value = (S - tau) / (1 - tau)                       # Eq. 4, Eq. 5, Eq. 9
                     if i == j:
-                        value = 1.0
+                        value = 1.0                                         # ASSUMPTION
                     y.append(value)
                 for j in range(len(Z)):
-                    y_hat = y[j] / sum(y)
+                    y_hat = y[j] / sum(y)  # rows sum to 1
                     if y_hat > 0:
                         L = L + y_hat * (math.log(y_hat) - log_p[j])        # Eq. 6, Eq. 7
             total = total + w * L / len(A)                                  # Eq. 10

@@ -198,7 +198,8 @@ def test_the_readmes_commands_run_in_their_order(downloads, monkeypatch):
                 Path(name).parent.mkdir(parents=True)
                 shutil.copy("runs/openi/results-all-openi_neg-test.json", name)
         scripts[script].main(words + small)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py's handler would outlive it here
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py's handlers would outlive it here
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         ran[script] += 1
     assert min(ran.values()) >= 2 and set(ran) == set(scripts), ran
     if no_figures:
