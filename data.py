@@ -77,6 +77,7 @@ CONDITIONS = (
     "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion",
     "Pleural Other", "Fracture", "Support Devices", "No Finding")
 SPLITS = ("train", "val", "test")
+CPUS = os.cpu_count() or 1
 
 # ---------------------------------------------------------------- what all scripts share
 
@@ -518,11 +519,10 @@ class Studies:
         self.seed = seed
         self.single = np.flatnonzero(manifest.positives[:, :-1].sum(1) == 1)  # No Finding aside
         self.reports = manifest.columns["reports"]  # as hashes
-        stored = manifest.negatives > 0
-        if negatives and not stored.all():
-            expect(stored.any() and len(set(self.reports[self.single])) > 1, manifest.path,
-                   "hard_negatives to train with, and for studies without them two different "
-                   "reports of one positive label; run negations.py on it first")
+        if negatives and not manifest.negatives.all():
+            expect(manifest.negatives.any() and len(set(self.reports[self.single])) > 1,
+                   manifest.path, "hard_negatives to train with, and for studies without them two "
+                   "different reports of one positive label; run negations.py on it first")
 
     def __len__(self):
         return len(self.manifest)
@@ -595,8 +595,8 @@ def global_batches(num_studies, batch_size, seed, epoch, rank=0, world=1, start=
     order = np.random.default_rng((seed, epoch)).permutation(num_studies).tolist()
     share = batch_size // world  # B
     batches = []
-    end = num_studies // batch_size * batch_size
-    for first in range(start * batch_size + rank * share, end, batch_size):
+    for first in range(start * batch_size + rank * share,
+                       num_studies // batch_size * batch_size, batch_size):
         batches.append([(epoch, i) for i in order[first:first + share]])
     return batches
 
@@ -623,7 +623,7 @@ class Download:
         self.images = {}  # number of folders in a name -> paths by name, once one is looked for
 
     def file(self, names, required=True):
-        """The first of the files "A|B" (* and ? allowed), or .gz, in root or a folder; else None."""
+        """The first of the files "A|B" (* and ? allowed), or .gz, in root or a folder, or None."""
         for name in names.split("|"):
             for pattern in (name, f"{name}.gz", f"*/{name}", f"*/{name}.gz"):
                 paths = sorted(self.root.glob(pattern))
@@ -1602,7 +1602,7 @@ def check_images(manifest, workers=0):
                             "lines")
 
 
-def check(path, image_root="", workers=os.cpu_count()):
+def check(path, image_root="", workers=CPUS):
     """Validates all lines and images, prints counts and labels; exits with 1 if some are wrong.
 
     --image-root replaces every record's root; --workers are processes that read images, 0 for none.
@@ -1649,7 +1649,7 @@ def check(path, image_root="", workers=os.cpu_count()):
         sys.exit(1)
 
 
-def cache(path, out, size=256, workers=os.cpu_count(), image_root=""):
+def cache(path, out, size=256, workers=CPUS, image_root=""):
     """Copies of all images, made smaller once, and a manifest of them; resumes.
 
     --size is the shorter side in pixels; --image-root replaces every record's root; --workers are

@@ -337,6 +337,7 @@ LAYOUTS_OF_REPORTS = [  # "/" begins a line, "//" is a blank one
     ("FINAL REPORT/Chest film//History of cough.//Lungs clear.", "History of cough. Lungs clear."),
     ("COMPARISON: None.//FINDINGS:/IMPRESSION:///Lungs clear.", "Lungs clear."),
     ("INDICATION: Cough.", ""),
+    ("INDICATION:///Lungs clear.//FINDINGS:///IMPRESSION:/", "Lungs clear."),
     ("FINDINGS:/LUNGS: Clear./HEART: Normal.//IMPRESSION: Fine.",
      "LUNGS: Clear. HEART: Normal. Fine."),
     ("FINDINGS: LUNGS: Clear./CHEST WALL: Normal./RIBS: Intact./Bones: Old.",
@@ -345,6 +346,7 @@ LAYOUTS_OF_REPORTS = [  # "/" begins a line, "//" is a blank one
     ("IMPRESSION: Fine.//RECOMMENDATION(S): Repeat.", "Fine."),
     ("FINDINGS:/IMPRESSION: Fine.", "Fine."),
     ("FINDINGS:/CHEST, TWO VIEWS: Lungs clear.", "Lungs clear."),
+    ("FINDINGS:/AP CHEST RADIOGRAPH: Lungs clear.", "Lungs clear."),
     ("FINDINGS: At 10:30, lungs clear./IMPRESSION: Fine.", "At 10:30, lungs clear. Fine."),
     ("REASON FOR EXAM: CHEST PAIN//CLINICAL INFORMATION: Chest.//IMPRESSION : Fine.", "Fine."),
 ]
@@ -355,6 +357,7 @@ def test_a_report_of_mimic_is_its_findings_and_impression_in_any_layout(tmp_path
         for layout, report in LAYOUTS_OF_REPORTS:
             text = f"\n{' ' * 30}FINAL REPORT/{layout}/".replace("/", f"\n{margin}")
             assert data.mimic_report(write(tmp_path / "s.txt", text)) == report, layout
+    assert data.mimic_report(write(tmp_path / "s.txt", "")) == ""
 
 
 def test_chexpert_plus_adds_the_labels_of_both_sections_found_by_name(tmp_path, capsys):
