@@ -503,7 +503,6 @@ def start_record(args, folder, clip, studies, val_rows):
     """After a look at the images: config.json, the tokenizer and a line of the log."""
     studies[0, 0]  # in case the image root is wrong
     check_images(val_rows, args.workers)
-    folder.mkdir(parents=True, exist_ok=True)
     with open_atomic(folder / "config.json") as file:
         json.dump({"flags": vars(args), "world": WORLD, **provenance()}, file, indent=1)
     clip.save_tokenizer(folder / "tokenizer")
