@@ -27,9 +27,10 @@ could be:
 
 An image that is known and unwanted is left out by yielding why; a value that nobody knows should
 fail, by `expect`, since the file is not what the builder was written for. Keyword arguments of a
-builder are its flags, and its docstring is its `--help`. `split_of` wants hundreds of patients:
-give a smaller set its own splits. Where a patient id is missing, pass the study's. Targets name
-every class of the set, 0 or 1; "No Finding" among them is needed for normal case detection.
+builder, whose defaults are numbers or texts, are its flags; its docstring is its `--help`.
+`split_of` wants hundreds of patients: give a smaller set its own splits. Where a patient id is
+missing, pass the study's. Targets name every class of the set, 0 or 1; "No Finding" among them is
+needed for normal case detection.
 
 In this order: what all scripts share, record and manifest, images, batches, builders, the phantom,
 check and cache, flags; each table stands beside its user. Symbols: B rows of one rank's batch,
@@ -144,7 +145,7 @@ def open_atomic(path, mode="w", sweep=True):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if not temporary.startswith(str(error.filename or "")):  # another file's, in the with block
+        if error.filename not in (None, temporary, str(path.parent)):  # of the with block
             raise
         raise UserError(f"{path}: was not written ({error.strerror})") from error
     finally:
@@ -360,11 +361,10 @@ class Manifest:
 
 
 def image_path(where, record, manifest, image_root=None):
-    """The record's image as a path, links followed; UserError if it would leave the image root."""
-    root = Path(image_root or record.get("root") or os.path.dirname(manifest)).resolve()
-    path = (root / record["image"]).resolve()
-    expect(path.is_relative_to(root), where, "its image inside its root; where links lead to "
-           "images, name their own folder by --image-root")
+    """The record's image as a path; UserError if it would leave the image root, links aside."""
+    root = os.path.abspath(image_root or record.get("root") or os.path.dirname(manifest))
+    path = Path(os.path.abspath(os.path.join(root, record["image"])))
+    expect(path.is_relative_to(root), where, "its image inside its root")
     return path
 
 
@@ -433,8 +433,8 @@ def read_image(path, at_least=None):
                 image.draft("L", (at_least, at_least))
             image = ImageOps.exif_transpose(image)
         except Exception as error:  # Pillow's, of many kinds for damaged bytes
-            raise UserError(f"{path}: expected an intact PNG or JPEG image ({type(error).__name__})"
-                            ) from None
+            raise UserError(f"{path}: expected an intact PNG or JPEG image, or DICOM named .dcm "
+                            f"({type(error).__name__})") from None
     if image.mode.startswith("I"):  # which convert() would clip
         return to_grey(np.asarray(image))
     return image.convert("L")
@@ -445,10 +445,11 @@ def read_dicom(path):
     # ASSUMPTION: a DICOM image is what its first look-up table or window shows, scaled as any.
     with open_file(path) as file:
         try:
-            from pydicom import dcmread, pixels
+            from pydicom import dcmread
+            from pydicom.pixels import apply_modality_lut, apply_voi_lut
             header = dcmread(file)
-            values = pixels.apply_modality_lut(header.pixel_array, header)
-            values = pixels.apply_voi_lut(values, header).astype(np.float32)
+            values = apply_modality_lut(header.pixel_array, header)
+            values = apply_voi_lut(values, header).astype(np.float32)
         except ImportError:
             raise UserError(f"{path}: reading DICOM needs pydicom 3 (pip install pydicom)"
                             ) from None
@@ -805,8 +806,9 @@ def build_openi(official):
 
     ROOT has Kaggle's indiana_reports.csv, indiana_projections.csv and images (all frontal ones are
     taken), or the *.xml of NLMCXR_reports.tgz and the PNGs of NLMCXR_png.tgz, unpacked (the first
-    image of each report is taken, since no view is given). A report is findings and impression.
-    Studies that nobody indexed have no targets. Split by patient, who is the study: 80/10/10.
+    image of each report is taken, since no view is given: some are lateral, so that the tables are
+    to be preferred). A report is findings and impression. Studies that nobody indexed have no
+    targets. Split by patient, who is the study: 80/10/10.
     """
     kaggle = official.file("indiana_reports.csv", required=False)
     for number, images, report, mesh in openi_tables(official) if kaggle else openi_xml(official):
@@ -950,14 +952,18 @@ def mimic_report(path):
     sections = [["preamble", first]]
     while pieces:
         heading, body, *pieces = pieces
-        inside = sections[-1][0] == "findings"
+        before, text_before = sections[-1]
+        capitals = heading.isupper()
         name = section_of(heading)
-        if name == "view":
+        if name == "view":  # begins findings, or is a part of a section
             name = "findings"
-            whole = r"\b(VIEW|PORTABLE|FRONTAL|LATERAL|RADIOGRAPH|AP CHEST|PA CHEST)"
-            if inside and not re.search(whole, heading):  # a part, such as CHEST WALL
+            if before == "findings" and text_before.strip():
                 name = None
-        if name is None and (inside or not heading.isupper()):
+            elif before == "impression" and not capitals:
+                name = None
+        elif name in ("context", "examination") and " " in heading and not capitals:
+            name = None  # prose: "Compared to prior study:"
+        if name is None and (before in ("findings", "impression") or not capitals):
             sections[-1][1] += f" {heading}:{body}"
         else:
             sections.append([name, body])
@@ -1627,7 +1633,8 @@ def check(path, image_root="", workers=CPUS):
             counts[f"split: {split}"] += 1
             patients.add((patient_hash(patient_of(record)), split))
             ids.add(record["id"])
-            reports[record.get("report", "")] += 1
+            if record.get("report"):
+                reports[record["report"]] += 1
             for field in VALUES:
                 for name, value in record.get(field, {}).items():
                     counts[f"{field}: {name} = {value}"] += 1
@@ -1641,7 +1648,7 @@ def check(path, image_root="", workers=CPUS):
     print_counts({"studies": len(images), "patients": people, "distinct reports": len(reports)})
     print_counts(dict(sorted(counts.items())))
     for text, count in reports.most_common(5):
-        if text and count > 1:
+        if count >= 10:  # a template, and nobody's own report
             print(f"{count:>11,} x {text[:80]}")  # Tab. 1
     for line in wrong:
         print(f"wrong: {line}", file=sys.stderr)
@@ -1716,17 +1723,21 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run in (BUILDERS | COMMANDS).items():
-        add = commands.add_parser(name, help=run.__doc__.splitlines()[0], description=run.__doc__,
+        about = run.__doc__.replace("%", "%%")
+        add = commands.add_parser(name, help=about.splitlines()[0], description=run.__doc__,
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter
                                   ).add_argument
-        add("path", help="folder of the official download (phantom: to draw into); the manifest")
-        if name != "check":
-            add("--out", required=True, help="manifest to write (JSON Lines); cache: a folder")
         if name in BUILDERS:
+            add("path", metavar="ROOT", help="folder of the official download; phantom: any")
+            add("--out", required=True, metavar="X.jsonl", help="the manifest to write")
             add("--keep-missing", action="store_true", help="keep studies whose image is not there")
+        else:
+            add("path", metavar="X.jsonl", help="the manifest")
+        if name == "cache":
+            add("--out", required=True, metavar="DIR", help="the folder to write")
         for flag, parameter in inspect.signature(run).parameters.items():
-            kind = type(parameter.default)  # that of a class where there is none
-            if kind is not type:
+            kind = type(parameter.default)
+            if parameter.default is not parameter.empty:
                 add(f"--{flag.replace('_', '-')}", type=minimum(0) if kind is int else kind,
                     default=parameter.default, help="see above")
     return parser.parse_args(argv)

@@ -109,7 +109,7 @@ def fine_tune(bench):
     names = with_both_labels(train.classes, train.truth[chosen[0]])
     if not names:
         raise Unmeasurable(f"{train.where}: fine-tune finds no class with positives and negatives "
-                           f'among {len(chosen[0])} rows; give more of them "targets"')
+                           f'in {len(chosen[0])} rows, a tenth; give more studies "targets"')
     sizes = {}
     scores = {}
     cells = {}
