@@ -223,16 +223,13 @@ def test_too_little_memory_is_one_line_that_names_the_flags(phantom, tmp_path):
 # ---------------------------------------------------------------- evaluation
 
 
-def test_evaluation_agrees_with_the_cpus(phantom, tmp_path):
+def test_evaluation_agrees_with_the_cpus_and_a_python_files_model_may_stay_there(
+        phantom, tmp_path):
     run(phantom, tmp_path / "run", "--max-steps", "3")
     rows = Manifest(phantom, "train")
     gpu, cpu = (evaluate.validate(load_model(tmp_path / "run", device), rows, 32)
                 for device in ("cuda", "cpu"))
     assert gpu == pytest.approx(cpu, abs=0.02)
-
-
-def test_a_model_of_a_python_file_may_stay_on_the_cpu(phantom, tmp_path):
-    run(phantom, tmp_path / "run", "--max-steps", "1")
     (tmp_path / "other.py").write_text(
         "from model import load_model\n"
         f"def load():\n    return load_model({str(tmp_path / 'run')!r})\n")

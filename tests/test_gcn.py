@@ -83,6 +83,7 @@ def test_repeated_edges_both_directions_and_self_loops_leave_the_adjacency_zero_
     messy = record(3, (0, 1), (0, 1), (1, 0), (2, 2))
     assert torch.equal(a_hat_of([messy]), a_hat_of([record(3, (0, 1))]))
     assert a_hat_of([messy])[2].tolist() == [0, 0, 1]  # an isolated node keeps itself
+    assert a_hat_of([{}, {}]).tolist() == [[1, 0], [0, 1]]  # each its one empty node
     records = [messy, *random_records([3, 0, 1, 6])[0]]
     pairs = collate_graphs(records)["a_indices"].T.tolist()
     assert pairs == sorted(pairs) and len({tuple(pair) for pair in pairs}) == len(pairs)
@@ -121,15 +122,6 @@ def test_two_layers_equal_torch_geometric():
     theirs = second(torch.relu(first(x, both)), both)
     theirs = nn.global_mean_pool(theirs, graphs["graph_index"], 3)
     assert torch.allclose(net(x, graphs), theirs, atol=1e-6)
-
-
-def test_the_same_batch_gives_the_same_bits_forward_and_backward():
-    graphs = collate_graphs(random_records([30, 9, 1, 54] * 4)[0])
-    net, x = network(), torch.randn(94 * 4, 5, requires_grad=True)
-    runs = [torch.autograd.grad(net(x, graphs).square().sum(), [x, *net.parameters()])
-            for _ in range(3)]
-    for again in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
 
 
 def test_autocast_does_not_lower_the_precision():
@@ -203,18 +195,12 @@ def test_collated_graphs_keep_each_phrase_once_and_shift_edges():
     assert batch["sizes"].tolist() == [3, 1, 4, 3]
     once = [pair for pair in batch["a_indices"].T.tolist() if pair[0] < pair[1]]
     assert once == [[0, 2], [1, 2], [4, 5], [8, 10], [9, 10]]
-    assert [NODE_LABELS[i] for i in batch["label"][:4]] == ["OBS-DA", "ANAT-DP", "ANAT-DP",
-                                                            "ANAT-DP"]
+    labels = [NODE_LABELS[i] for i in batch["label"][:4]]
+    assert labels == ["OBS-DA", "ANAT-DP", "ANAT-DP", "ANAT-DP"]
+    assert collate_graphs([{}, {}])["phrases"] == []
     dtypes = {name: value.dtype for name, value in batch.items() if name != "phrases"}
     assert dtypes == dict.fromkeys(("node", "label", "a_indices", "graph_index"), torch.int64) | \
         dict.fromkeys(("a_values", "sizes"), torch.float32)
-
-
-def test_a_batch_of_empty_graphs_has_one_node_a_graph_and_no_phrase():
-    batch = collate_graphs([{}, {}])
-    assert batch["phrases"] == [] and batch["node"].tolist() == [-1, -1]
-    assert a_hat_of([{}, {}]).tolist() == [[1, 0], [0, 1]]
-    assert batch["sizes"].tolist() == [1, 1]
 
 
 def test_the_file_works_alone(tmp_path):
