@@ -355,7 +355,8 @@ def denials_alone(reports):
     alone = {}
     for text, conditions in reports:
         for sentence in N._sentences(text):
-            denied = [c for c, value in N._said([sentence]).items() if c in conditions and not value]
+            denied = [c for c, value in N._said([sentence]).items()
+                      if value == 0 and c in conditions]
             if not denied:
                 continue
             entities = N.rule_graph([sentence])["entities"]
