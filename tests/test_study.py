@@ -106,7 +106,7 @@ def test_chance_is_students(ratio, freedom, expected):
 @pytest.mark.parametrize("value,sign,expected", [
     (5, 1, "holds"), (1, 1, "undecided"), (-5, 1, "does not"), (-5, -1, "holds"),
     (5, -1, "does not"), (-1, 0, "holds"), (1, 0, "undecided"), (5, 0, "does not")])
-def test_a_claim_holds_beyond_two_standard_errors(value, sign, expected):
+def test_a_difference_counts_beyond_two_standard_errors(value, sign, expected):
     assert study.verdict(value, 1.0, sign) == expected
 
 
@@ -295,14 +295,11 @@ def test_a_tiny_study_trains_evaluates_and_reports(folder, monkeypatch, capsys):
     assert not trained.exists()
 
 
-def test_a_failed_run_is_named(folder):
-    run = study.Run("broken", "phantom", "clip", 0, ("--no-such-flag",))
+def test_wrong_use_and_failed_runs_are_one_line(folder):
+    broken = study.Run("broken", "phantom", "clip", 0, ("--no-such-flag",))
     with pytest.raises(UserError, match="broken: training failed, see .*output.txt"):
-        study.do_all(study.train, [run], 1, "train")
-    assert "--no-such-flag" in study.result_file(run, "output").with_suffix(".txt").read_text()
-
-
-def test_wrong_use_is_one_line(folder):
+        study.do_all(study.train, [broken], 1, "train")
+    assert "--no-such-flag" in (folder / "results/broken/output.txt").read_text()
     with pytest.raises(UserError, match="expected --openi FOLDER"):
         study.main(["train"])
     with pytest.raises(UserError, match="data.py openi .*nowhere.*failed"):
