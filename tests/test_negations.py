@@ -412,15 +412,15 @@ def test_given_graphs_keep_their_style_and_are_not_replaced():
     assert N.annotate({"id": "1", "report": "Effusion."})["graph"]["data_source"] == "rules"
 
 
-def test_adjectives_of_what_a_brought_graph_loses_go_with_it():
+def test_adjectives_and_relations_of_what_a_brought_graph_loses_go_with_it():
     graph = {"text": "mild patchy opacity . mild edema", "entities": {
         "1": entity("mild", "OBS-DP", 0), "2": entity("patchy", "OBS-DP", 1),
         "3": entity("opacity", "OBS-DP", 2), "4": entity("mild", "OBS-DP", 4, ("modify", "5")),
-        "5": entity("edema", "OBS-DP", 5)}}
+        "5": entity("edema", "OBS-DP", 5, ("suggestive_of", "3"))}}
     record = N.annotate({"id": "1", "report": "Mild patchy opacity. Mild edema.", "graph": graph})
     edited = {n["condition"]: n["graph"] for n in record["hard_negatives"]}[LO]
     kept = [e["tokens"] for e in edited["entities"].values() if e["label"] == "OBS-DP"]
-    assert kept == ["mild", "edema"]
+    assert kept == ["mild", "edema"] and entities(edited)["edema", "OBS-DP"] == set()
     assert any(e["label"] == "OBS-DA" for e in edited["entities"].values())
 
 
@@ -557,13 +557,13 @@ def test_mistakes_name_file_and_line_and_show_no_report(tmp_path):
         assert expected in message and "SECRET" not in message and "\n" not in message
         assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]  # nothing is left
     source.write_text(good + "\n")
-    for wrong, expected in (
+    for words, expected in (
             ([source, "--out", tmp_path], "expected a regular file"),
             ([source, "--out", source], "--out .*: expected another file than the one"),
             ([tmp_path / "none.jsonl", "--out", out], "none.jsonl"),
             ([source, "--out", out, "--labeler", "chexbert"], "--chexbert CKPT")):
         with pytest.raises(UserError, match=expected):
-            N.main([str(word) for word in wrong])
+            N.main([str(word) for word in words])
     assert source.read_text() == good + "\n"
 
 
@@ -639,21 +639,18 @@ def test_chexbert_is_strict_about_its_checkpoint_and_its_vocabulary(chexbert, tm
     words = (path.parent / "vocab.txt").read_text()
     vocabulary.write_text(words)
     last = "module.linear_heads.13.bias"
-    for weights in ({name: state[name] for name in state if name != last}, os.system,
-                    state | {last: torch.zeros(5)}, state | {"module.extra": torch.zeros(1)}):
+    for weights, sizes in (({name: state[name] for name in state if name != last}, {}),
+                           (state | {last: torch.zeros(5)}, {}), (os.system, {}),
+                           (state | {"module.extra": torch.zeros(1)}, {}),
+                           (state, {"num_hidden_layers": 1})):
         torch.save({"model_state_dict": weights}, bad)
         with pytest.raises(UserError, match="CheXbert's weights"):
+            N.CheXbert(bad, **SIZES | sizes)
+    N.CheXbert(bad, **SIZES)  # negative control: the last, with its own sizes
+    for spoil in (lambda: vocabulary.write_text(words + "lung\n"), vocabulary.unlink):
+        spoil()
+        with pytest.raises(UserError, match="vocab.txt: expected"):
             N.CheXbert(bad, **SIZES)
-    torch.save({"model_state_dict": state}, bad)
-    N.CheXbert(bad, **SIZES)  # negative control
-    with pytest.raises(UserError, match="CheXbert's weights"):
-        N.CheXbert(bad, **SIZES | {"num_hidden_layers": 1})
-    vocabulary.write_text(words + "lung\n")
-    with pytest.raises(UserError, match="vocab.txt: expected"):
-        N.CheXbert(bad, **SIZES)
-    vocabulary.unlink()
-    with pytest.raises(UserError, match="vocab.txt: expected"):
-        N.CheXbert(bad, **SIZES)
     bad.write_bytes(bad.read_bytes()[:1000])
     with pytest.raises(UserError, match="CheXbert's weights"):
         N.CheXbert(bad, **SIZES)
