@@ -245,7 +245,7 @@ def test_annotate_is_a_pure_function_of_seed_and_id():
     a, b = N.annotate(record), N.annotate(record)
     assert a == b and json.dumps(record) == before and a["site"] == "kept"
     assert a["report"] == REPORT and a["original_report"] == record["report"]
-    assert N.annotate(a) == a  # a second pass starts from the original
+    assert N.annotate(a | {"report": "Edema."}) == a  # a second pass starts from the original
     assert sorted(n["condition"] for n in a["hard_negatives"]) == sorted(N.positives(a["labels"]))
     others = (N.annotate(record | {"id": f"x/{i}"})["hard_negatives"] for i in range(40))
     assert {n[0]["condition"] for n in others} == set(N.positives(a["labels"]))
