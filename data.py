@@ -5,29 +5,35 @@
     python data.py cache X.jsonl --out DIR    resized copies and a manifest that points to them
 
 To add a data set, write its builder: a generator that yields a `study(...)` for each image, or a
-few words that say why it leaves one out. Then name it in BUILDERS near the end of this file.
-PadChest's could be:
+few words that say why it leaves one out. Then name it in BUILDERS, above the flags. PadChest's
+could be:
 
-    def build_padchest(official, args):
-        "PadChest: its table and unpacked images; frontal views"
+    import ast
+
+    def build_padchest(official):
+        "PadChest: its table and unpacked images; frontal views. Reports are Spanish"
         columns = "ImageID", "StudyID", "PatientID", "Projection", "Report", "Labels"
         for where, row in official.table("PADCHEST_*.csv", *columns):  # or .csv.gz
-            if row["Projection"] not in ("PA", "AP"):
-                yield "view not PA or AP"
-                continue
-            expect(row["Labels"].startswith("["), where, "Labels as a list")  # FILE:LINE
-            targets = {name: int(name.lower() in row["Labels"]) for name in ("Mass", "Pneumonia")}
-            yield study(row["StudyID"], official.image(row["ImageID"]), row["PatientID"],
-                        split_of(row["PatientID"]), report=row["Report"], targets=targets)
+            if row["Projection"] not in ("PA", "AP", "AP_horizontal"):
+                yield "view not frontal"
+            elif not row["Labels"] or not row["Report"]:
+                yield "no labels or no report"
+            else:
+                expect(row["Labels"].startswith("["), where, "Labels as a list")  # FILE:LINE
+                found = [name.strip() for name in ast.literal_eval(row["Labels"])]
+                targets = {"Mass": int("mass" in found), "No Finding": int("normal" in found)}
+                yield study(row["StudyID"], official.image(row["ImageID"]), row["PatientID"],
+                            split_of(row["PatientID"]), report=row["Report"], targets=targets)
 
 An image that is known and unwanted is left out by yielding why; a value that nobody knows should
-fail, by `expect`, since the file is not what the builder was written for. `split_of`
-wants hundreds of patients: give a smaller set its own splits. Where a patient id is missing, pass
-the study's.
+fail, by `expect`, since the file is not what the builder was written for. Keyword arguments of a
+builder are its flags, and its docstring is its `--help`. `split_of` wants hundreds of patients:
+give a smaller set its own splits. Where a patient id is missing, pass the study's. Targets name
+every class of the set, 0 or 1; "No Finding" among them is needed for normal case detection.
 
-In this order: record and manifest, batches, builders, images, the phantom, check and cache, what
-all scripts share, tables, flags. Symbols: B rows of one rank's batch, N = world x B, S the image
-side in pixels.
+In this order: what all scripts share, record and manifest, images, batches, builders, the phantom,
+check and cache, flags; each table stands beside its user. Symbols: B rows of one rank's batch,
+N = world x B, S the image side in pixels.
 
 SPDX-License-Identifier: MIT
 """
@@ -35,22 +41,22 @@ SPDX-License-Identifier: MIT
 import argparse
 import contextlib
 import csv
+import difflib
 import glob
 import gzip
 import hashlib
+import inspect
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
-import signal
 import sys
-import threading
+import time
 import zlib
 from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -58,34 +64,193 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from gcn import GraphError, collate_graphs, read_radgraph
 
-CONDITIONS = (  # CheXbert's order
+# CheXbert's order. A new one goes before Support Devices; it needs rows in PHRASES and DRAWINGS
+# below (in ABSENT if reports deny it) and what negations.py says above its tables. Checked then by
+# test_every_condition_changes_the_picture_and_the_seed_decides and by
+# test_the_labeler_agrees_with_the_phantoms_truth. Tables of official labels know the 14 alone.
+CONDITIONS = (
     "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",
     "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion",
     "Pleural Other", "Fracture", "Support Devices", "No Finding")
 SPLITS = ("train", "val", "test")
-TYPES = {  # of the fields of a record or of its hard negatives
-    "id": str, "root": str, "image": str, "split": str, "report": str, "original_report": str,
-    "condition": str, "omitted": str, "labels": dict, "targets": dict, "graph": dict,
-    "hard_negatives": list, "adversarial": list}
-VALUES = {"labels": (1, 0, -1), "targets": (1, 0)}
-TRAINED = ("id", "patient", "report", "labels", "hard_negatives", "graph")  # images aside
-MAX_XML_BYTES = 1_000_000  # OpenI's longest report is 12 kB
-MAX_PIXELS = 50_000_000  # checked before decoding: three times the largest published radiograph
-MAX_TRIES = 20  # images drawn in place of one that cannot be read
+CPUS = os.cpu_count() or 1
+
+# ---------------------------------------------------------------- what all scripts share
+
+
+class UserError(ValueError):
+    """A bad file, row or flag: one line that names file and line and what was expected there."""
+
+
+def expect(condition, where, what):
+    """UserError("WHERE: expected WHAT") unless the condition holds."""
+    if not condition:
+        raise UserError(f"{where}: expected {what}")
+
+
+def run_main(main):
+    """Run a script's main: a UserError is one line and exit status 2, a bug of ours a traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def minimum(bound, kind=int, below=math.inf):
+    """An argparse type: a number of at least `bound`, finite and below `below`."""
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if bound <= value < below:
+                return value
+        whole = " whole" if kind is int else ""
+        end = f" and below {below}" if below < math.inf else ""
+        raise argparse.ArgumentTypeError(
+            f"expected a{whole} number of at least {bound}{end}, got {text}")
+    return parse
+
+
+def open_file(path):
+    """A regular file that the user named, to read bytes; UserError if it is not there or none."""
+    expect(os.path.isfile(path), path, "a regular file")  # opening a pipe would wait for a writer
+    return open(path, "rb")
+
+
+@contextlib.contextmanager
+def open_atomic(path, mode="w", sweep=True):
+    """Open a temporary file beside path, renamed at the end: path is never half written.
+
+    Folders are made and a link is followed. sweep: first look through the folder for what a kill
+    left there. UserError if path is a device, a pipe or a folder, or if it cannot be written.
+    """
+    path = Path(path).resolve()
+    expect(path.is_file() or not path.exists(), path, "a regular file, or none, to write to")
+    encoding = None if "b" in mode else "utf-8"
+    temporary = f"{path.parent}/.{path.name}.{os.getpid()}.tmp"
+    try:
+        os.makedirs(path.parent, exist_ok=True)
+        if sweep:
+            remove_leftovers(path)
+        with open(temporary, mode, encoding=encoding) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if not temporary.startswith(str(error.filename or "")):  # another file's, in the with block
+            raise
+        raise UserError(f"{path}: was not written ({error.strerror})") from error
+    finally:
+        with contextlib.suppress(OSError):  # none there, or a folder that is read-only
+            os.unlink(temporary)
+
+
+def remove_leftovers(path):
+    """Removes the temporary files of this one that are older than a day."""
+    with contextlib.suppress(OSError):  # another process may do the same
+        for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            if time.time() - os.path.getmtime(old) > 24 * 60 * 60:
+                os.unlink(old)
+
+
+def numbered_lines(file):
+    """Yield (line number, offset, bytes) of an open file's lines that are not blank."""
+    offset = 0
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield number, offset, line
+        offset += len(line)
+
+
+def parse_line(where, line):
+    """One line of JSON Lines, bytes, as a dict; else UserError("WHERE: ...")."""
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+        if b"\\ud" in line.lower():  # an escaped half of a pair cannot be written or tokenised
+            json.dumps(record, ensure_ascii=False).encode()
+    except ValueError:  # whose message may show the report
+        record = None
+    expect(isinstance(record, dict) and b"\\u0000" not in line, where,
+           "one JSON object in UTF-8, without null characters")
+    return record
+
+
+def read_jsonl(path):
+    """Yield (line number, dict) of JSON Lines, but blank ones; UserError names file and line."""
+    with open_file(path) as file:
+        for number, _, line in numbered_lines(file):
+            yield number, parse_line(f"{path}:{number}", line)
+
+
+def read_json(path, kind=object):
+    """One JSON document that is a list, a dict, ...; UserError if the file is not there or none."""
+    with open_file(path) as file:
+        try:
+            document = json.load(file)
+        except ValueError:
+            raise UserError(f"{path}:1: expected one JSON document in UTF-8") from None
+    expect(isinstance(document, kind), path, f"a JSON document of kind {kind.__name__}")
+    return document
+
+
+def parallel(function, jobs, workers):
+    """function over jobs, in order, in so many processes; below 2: in this one."""
+    if workers < 2:
+        yield from map(function, jobs)
+        return
+    jobs = iter(jobs)
+    with ProcessPoolExecutor(workers) as pool:
+        try:
+            while batch := list(itertools.islice(jobs, 256 * workers)):  # memory stays flat
+                yield from pool.map(function, batch, chunksize=16)
+        except BrokenExecutor:
+            raise UserError("a reading process was killed; if memory is short, lower --workers"
+                            ) from None
+
+
+def print_counts(counts):
+    """A number and its name a line."""
+    for name, count in counts.items():
+        print(f"{count:>11,}  {name}")
+
+
+def lines(text):
+    """The lines of a table below, without the blank around them."""
+    return [line.strip() for line in text.strip().splitlines()]
+
+
+def groups(text):
+    """A table below: lines that end with a colon, each with the list of the lines under it."""
+    table = {}
+    for line in lines(text):
+        if line.endswith(":"):
+            members = table[line[:-1]] = []
+        else:
+            members.append(line)
+    return table
 
 
 # ---------------------------------------------------------------- the record and the manifest
+
+TYPES = {  # of the fields of a record or of its hard negatives
+    str: "root image split original_report report condition",
+    dict: "labels targets graph",
+    list: "hard_negatives adversarial"}
+VALUES = {"labels": (1, 0, -1), "targets": (1, 0)}
+TRAINED = ("id", "patient", "report", "labels", "hard_negatives", "graph")  # images aside
 
 
 def label_vector(labels, uncertain="positive"):
     """Labels by name -> C: (14,) float32 in CheXbert's order; -1 is 1 if uncertain="positive"."""
     # ASSUMPTION: C holds the positives, No Finding its own dimension; uncertain counts as positive.
-    ones = {"positive": (1, -1), "negative": (1,)}[uncertain]
+    ones = (1, -1) if uncertain == "positive" else (1,)
     return np.array([labels.get(name) in ones for name in CONDITIONS], np.float32)  # (14,)
 
 
@@ -110,33 +275,30 @@ def split_of(patient):
     return "val" if share < 900 else "test"
 
 
-def check_record(where, record):
+def check_texts(where, record, *names):
+    """UserError("WHERE: expected ...") unless this is an object of JSON with these texts."""
+    expect(isinstance(record, dict) and all(isinstance(record.get(name), str) for name in names),
+           where, f"an object with {', '.join(names)} as texts")
+
+
+def check_record(where, record, needed=("id", "image")):
     """UserError("WHERE: expected ...") at the first field of a manifest's record that is wrong."""
-    check_fields(where, record, {"id", "image"})
-    expect(record.get("split", "train") in SPLITS, where, "split train, val or test")
-    expect("\0" not in record["image"] + record.get("root", ""), where,
-           "image and root without null characters")
-    known = type(record.get("patient")) in (str, int, type(None))  # no NaN, no bool
-    expect(known, where, "patient as a text or a whole number")
-    for negative in record.get("hard_negatives", []):
-        check_fields(where, negative, {"condition", "report", "omitted"})
-    for pair in record.get("adversarial", []):
-        names = isinstance(pair, list) and [type(name) for name in pair] == [str, str]
-        expect(names, where, "adversarial as a list of [present, absent]")
-
-
-def check_fields(where, record, needed):
-    """What a record and each of its hard negatives have in common."""
-    whole = isinstance(record, dict) and record.keys() >= needed
-    expect(whole, where, f"an object with {', '.join(sorted(needed))}")
-    for name, kind in TYPES.items():
-        expect(isinstance(record.get(name, kind()), kind), where, f"{name} as {kind.__name__}")
+    check_texts(where, record, *needed)
+    for kind, names in TYPES.items():
+        for name in names.split():
+            expect(isinstance(record.get(name, kind()), kind), where, f"{name} as {kind.__name__}")
     for field, values in VALUES.items():
         for value in record.get(field, {}).values():
-            expect(value in values, where, f"{field} out of {values}")
+            expect(value in values and not isinstance(value, bool), where,
+                   f"{field} out of {values}")
     conditions = {record.get("condition", CONDITIONS[0]), *record.get("labels", {})}
     expect(conditions <= set(CONDITIONS), where, f"conditions among {', '.join(CONDITIONS)}")
+    expect(record.get("split", "train") in SPLITS, where, "split train, val or test")
+    expect(type(record.get("patient")) in (str, int, type(None)), where,
+           "patient as a text or a whole number")  # no NaN, no bool
     check_graph(where, record.get("graph", {}))
+    for negative in record.get("hard_negatives", []):
+        check_record(where, negative, ("condition", "report", "omitted"))
 
 
 def check_graph(where, record):
@@ -180,17 +342,13 @@ class Manifest:
 
     def __getitem__(self, i):
         # pread brings its own offset: forked processes share the file's position.
-        length = int(self.columns["length"][i])
-        offset = int(self.columns["offset"][i])
-        return parse_line(self.where(i), os.pread(self.file.fileno(), length, offset))
-
-    def line(self, i):
-        """Line number in the file of row i."""
-        return int(self.columns["line"][i])
+        length = self.columns["length"][i]
+        line = os.pread(self.file.fileno(), length, self.columns["offset"][i])
+        return parse_line(self.where(i), line)
 
     def where(self, i):
         """FILE:LINE of row i, for messages."""
-        return f"{self.path}:{self.line(i)}"
+        return f"{self.path}:{self.columns['line'][i]}"
 
     def image_path(self, i, record=None):
         """Image of row i (whose record may be at hand) as a path; UserError if out of its root."""
@@ -203,21 +361,24 @@ class Manifest:
 
 def image_path(where, record, manifest, image_root=None):
     """The record's image as a path, links followed; UserError if it would leave the image root."""
-    root = os.path.realpath(image_root or record.get("root") or os.path.dirname(manifest))
-    path = os.path.realpath(os.path.join(root, record["image"]))
-    expect(path.startswith(os.path.join(root, "")), where, "its image inside its root; where links "
-           "lead to images, name their own folder by --image-root")
-    return Path(path)
+    root = Path(image_root or record.get("root") or os.path.dirname(manifest)).resolve()
+    path = (root / record["image"]).resolve()
+    expect(path.is_relative_to(root), where, "its image inside its root; where links lead to "
+           "images, name their own folder by --image-root")
+    return path
 
 
 def load_columns(path, file):
-    """`summary` of all lines by column, from the sidecar if that is of the file's size and time."""
+    """`summary` of all lines by column, from the sidecar if its stamp is of this file and code."""
     sidecar = f"{path}.index.npz"
     status = os.fstat(file.fileno())
-    stamp = [status.st_size, status.st_mtime_ns, patient_hash(CONDITIONS)]
-    columns = read_sidecar(sidecar)
-    names = summary({"id": ""}, 0, 0, 0).keys()
-    if list(columns.pop("stamp", [])) == stamp and columns.keys() == names:
+    stamp = (f"{status.st_size} {status.st_mtime_ns} {CONDITIONS} {TRAINED} "
+             f"{inspect.getsource(summary)}")
+    columns = {}
+    # Damaged bytes are zipfile's and numpy's errors, of many kinds; each array has a checksum.
+    with contextlib.suppress(Exception), np.load(sidecar) as saved:
+        columns = dict(saved)
+    if str(columns.pop("stamp", "")) == stamp:
         return columns
     rows = []
     for number, offset, line in numbered_lines(file):
@@ -230,17 +391,6 @@ def load_columns(path, file):
         with open_atomic(sidecar, "wb") as saved:
             np.savez(saved, stamp=stamp, **columns)
     return columns
-
-
-def read_sidecar(path):
-    """Its arrays by name; none if it is absent or damaged (numpy tells by each one's checksum)."""
-    if not os.path.isfile(path):  # opening a pipe would wait for a writer
-        return {}
-    try:
-        with np.load(path) as saved:
-            return dict(saved)
-    except Exception:  # zipfile's and numpy's, of many kinds for damaged bytes
-        return {}
 
 
 def summary(record, number, offset, length):
@@ -262,10 +412,92 @@ def summary(record, number, offset, length):
     }
 
 
+# ---------------------------------------------------------------- images (App. B.1)
+
+DICOM = (".dcm", ".dicom")
+
+
+def read_image(path, at_least=None):
+    """One radiograph as a grey 8-bit PIL image; UserError names the file.
+
+    path: PNG or JPEG of 8 or 16 bits, turned as its EXIF says, or DICOM (needs pydicom). at_least:
+    side in pixels that suffices; a JPEG is decoded at 1/2, 1/4 or 1/8 if both sides stay above it.
+    """
+    # ASSUMPTION: App. B.1's preprocessing cannot be had; an image keeps its borders.
+    if str(path).lower().endswith(DICOM):
+        return read_dicom(path)
+    with open_file(path) as file:
+        try:
+            image = Image.open(file, formats=("PNG", "JPEG"))
+            if at_least is not None:
+                image.draft("L", (at_least, at_least))
+            image = ImageOps.exif_transpose(image)
+        except Exception as error:  # Pillow's, of many kinds for damaged bytes
+            raise UserError(f"{path}: expected an intact PNG or JPEG image ({type(error).__name__})"
+                            ) from None
+    if image.mode.startswith("I"):  # which convert() would clip
+        return to_grey(np.asarray(image))
+    return image.convert("L")
+
+
+def read_dicom(path):
+    """A grey image of one frame in DICOM, as its look-up tables and window show it."""
+    # ASSUMPTION: a DICOM image is what its first look-up table or window shows, scaled as any.
+    with open_file(path) as file:
+        try:
+            from pydicom import dcmread, pixels
+            header = dcmread(file)
+            values = pixels.apply_modality_lut(header.pixel_array, header)
+            values = pixels.apply_voi_lut(values, header).astype(np.float32)
+        except ImportError:
+            raise UserError(f"{path}: reading DICOM needs pydicom 3 (pip install pydicom)"
+                            ) from None
+        except Exception as error:  # pydicom's, of many kinds for damaged bytes
+            if "missing dependencies" in str(error):  # names the packages, nothing of the file
+                raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+            raise UserError(f"{path}: expected an intact DICOM image ({type(error).__name__})"
+                            ) from None
+    kind = header.PhotometricInterpretation
+    expect(kind.startswith("MONOCHROME") and values.ndim == 2 and np.isfinite(values).all(),
+           path, "a grey image of one frame, without NaN")
+    if kind == "MONOCHROME1" or header.get("PresentationLUTShape") == "INVERSE":
+        values = -values
+    return to_grey(values)
+
+
+def to_grey(values):
+    """More than 8 bits -> an 8-bit image, the darkest value 0 and the brightest 255 (flat: 0)."""
+    # ASSUMPTION: images of more than 8 bits are scaled by their own minimum and maximum.
+    values = values.astype(np.float32)
+    values -= values.min()
+    values *= 255 / max(float(values.max()), 1e-6)
+    return Image.fromarray(np.round(values).astype(np.uint8))
+
+
+def pixels(image, size, rng=None):
+    """PIL image -> (1, S, S) uint8: all of it, or with rng a random crop, resized in one step."""
+    box = None
+    if rng is not None:
+        width, height = image.size
+        # ASSUMPTION: crops keep 80-100 % of the area and 10 % of the aspect; sides are not flipped.
+        u = rng.random(4).tolist()  # in [0, 1)
+        area = 0.8 + 0.2 * u[0]
+        aspect = math.exp(0.2 * u[1] - 0.1)
+        w = width * min(1, (area * aspect) ** 0.5)
+        h = height * min(1, (area / aspect) ** 0.5)
+        x = u[2] * (width - w)
+        y = u[3] * (height - h)
+        box = (x, y, x + w, y + h)
+    resized = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return np.asarray(resized)[None]  # (1, S, S)
+
+
 # ---------------------------------------------------------------- batches
 
+MAX_TRIES = 20  # images drawn in place of one that cannot be read
 
-class Studies(Dataset):
+
+class Studies:
     """What training reads, indexed by (epoch, i); a sample is a pure function of (seed, epoch, i).
 
     manifest: rows of one split, with labels. image_size: S. tokenize: list of str -> dict of
@@ -287,11 +519,10 @@ class Studies(Dataset):
         self.seed = seed
         self.single = np.flatnonzero(manifest.positives[:, :-1].sum(1) == 1)  # No Finding aside
         self.reports = manifest.columns["reports"]  # as hashes
-        stored = manifest.negatives > 0
-        if negatives and not stored.all():
-            enough = stored.any() and len(set(self.reports[self.single])) > 1
-            expect(enough, manifest.path, "hard_negatives to train with, and for studies without "
-                   "them two different reports of one positive label; run negations.py on it first")
+        if negatives and not manifest.negatives.all():
+            expect(manifest.negatives.any() and len(set(self.reports[self.single])) > 1,
+                   manifest.path, "hard_negatives to train with, and for studies without them two "
+                   "different reports of one positive label; run negations.py on it first")
 
     def __len__(self):
         return len(self.manifest)
@@ -299,18 +530,18 @@ class Studies(Dataset):
     def __getitem__(self, key):
         epoch, i = map(int, key)
         rng = np.random.default_rng((self.seed, epoch, i))
-        bad = []
+        bad = 0
         record, image = self._read(i)
         while image is None:
-            bad.append(i)
-            expect(len(bad) < MAX_TRIES, self.manifest.where(bad[0]), f"images, {MAX_TRIES} in a "
-                   "row could not be read (is --image-root right? see: python data.py check)")
+            bad += 1
+            expect(bad < MAX_TRIES, self.manifest.where(i), f"images, {MAX_TRIES} in a row "
+                   "could not be read (is --image-root right? see: python data.py check)")
             i = int(rng.integers(len(self.manifest)))
             record, image = self._read(i)
-        sample = {"index": i, "bad": bad, "pixels": pixels(image, self.image_size, rng)}
-        sample |= self._text(record)
+        sample = {"index": i, "bad": bad, "pixels": pixels(image, self.image_size, rng),
+                  "record": record}
         if self.negatives:
-            sample["hard"] = self._text(self._negative(i, record, rng))
+            sample["negative"] = self._negative(i, record, rng)
         return sample
 
     def _read(self, i):
@@ -321,10 +552,6 @@ class Studies(Dataset):
             return record, read_image(path, at_least=self.image_size * 5 // 4)
         except UserError:
             return record, None
-
-    def _text(self, record):
-        return {"report": record.get("report", ""), "graph": record.get("graph", {}),
-                "labels": label_vector(record.get("labels", {}), self.uncertain)}
 
     def _negative(self, i, record, rng):
         stored = record.get("hard_negatives")
@@ -343,53 +570,244 @@ class Studies(Dataset):
         images = np.stack([sample["pixels"] for sample in samples])
         batch = {"pixels": torch.from_numpy(images),                                 # (B, 1, S, S)
                  "index": torch.tensor([sample["index"] for sample in samples]),     # (B,)
-                 "bad": sum(len(sample["bad"]) for sample in samples)}
-        batch |= self._collate_side(samples, "")
+                 "bad": sum(sample["bad"] for sample in samples)}
+        batch |= self._collate_texts([sample["record"] for sample in samples], "")
         if self.negatives:
-            batch |= self._collate_side([sample["hard"] for sample in samples], "hard_")
+            batch |= self._collate_texts([sample["negative"] for sample in samples], "hard_")
         return batch
 
-    def _collate_side(self, sides, prefix):
-        labels = np.stack([side["labels"] for side in sides])
-        batch = {f"{prefix}labels": torch.from_numpy(labels),                        # (B, 14)
-                 f"{prefix}text": self.tokenize([side["report"] for side in sides])}
+    def _collate_texts(self, records, prefix):
+        vectors = [label_vector(record.get("labels", {}), self.uncertain) for record in records]
+        batch = {f"{prefix}labels": torch.from_numpy(np.stack(vectors)),             # (B, 14)
+                 f"{prefix}text": self.tokenize([record.get("report", "") for record in records])}
         if self.graphs:
-            batch[f"{prefix}graph"] = collate_graphs([side["graph"] for side in sides])
+            graphs = [record.get("graph", {}) for record in records]
+            batch[f"{prefix}graph"] = collate_graphs(graphs)
         return batch
 
 
-class GlobalBatches:
-    """Batch sampler: step s takes rows [s N, (s + 1) N) of one permutation an epoch, a rank its B.
+def global_batches(num_studies, batch_size, seed, epoch, rank=0, world=1, start=0):
+    """Lists of (epoch, i) to sample by: step s has rows [s N, (s + 1) N) of an epoch's permutation.
 
-    batch_size is N, a multiple of world; the last incomplete batch is dropped, so all ranks take
-    equal steps; start is the first step (to resume inside an epoch). Yields lists of (epoch, i).
+    batch_size is N, a multiple of world, of which each rank takes its B; the last incomplete batch
+    is dropped, so all ranks take equal steps. start: the first step, to resume inside an epoch.
     """
+    order = np.random.default_rng((seed, epoch)).permutation(num_studies).tolist()
+    share = batch_size // world  # B
+    batches = []
+    for first in range(start * batch_size + rank * share,
+                       num_studies // batch_size * batch_size, batch_size):
+        batches.append([(epoch, i) for i in order[first:first + share]])
+    return batches
 
-    def __init__(self, num_studies, batch_size, seed, epoch, rank=0, world=1, start=0):
-        if batch_size % world or not 0 < batch_size <= num_studies:
-            raise ValueError(f"batch_size: expected a multiple of {world} ranks, from 1 to "
-                             f"{num_studies} studies, got {batch_size}")
-        self.num_studies = num_studies
-        self.seed = seed
-        self.epoch = epoch
-        self.share = batch_size // world  # B
-        first = start * batch_size + rank * self.share
-        self.firsts = range(first, num_studies // batch_size * batch_size, batch_size)
 
-    def __len__(self):
-        return len(self.firsts)
+# ---------------------------------------------------------------- builders: what they share
 
-    def __iter__(self):
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_studies)
-        for first in self.firsts:
-            yield [(self.epoch, int(i)) for i in order[first:first + self.share]]
+
+def study(name, image, patient, split, **fields):
+    """One image, a path below the root, of the study `name`; fields that are None are left out."""
+    fields = {key: value for key, value in fields.items() if value is not None}
+    return {"study": name, "image": image, "patient": patient, "split": split} | fields
+
+
+CLASS_NAMES = {name.lower(): name for name in CONDITIONS} | {
+    "effusion": "Pleural Effusion",
+    "other diseases": "Other disease"}  # so in VinDr's train table
+
+
+class Download:
+    """A set's official files below root, by relative path or by name; no image is opened."""
+
+    def __init__(self, root):
+        self.root = root
+        self.images = {}  # number of folders in a name -> paths by name, once one is looked for
+
+    def file(self, names, required=True):
+        """The first of the files "A|B" (* and ? allowed), or .gz, in root or a folder, or None."""
+        for name in names.split("|"):
+            for pattern in (name, f"{name}.gz", f"*/{name}", f"*/{name}.gz"):
+                paths = sorted(self.root.glob(pattern))
+                if paths:
+                    return paths[0]
+        expect(not required, self.root, f"the file {names} (or .gz)")
+
+    def table(self, names, *columns):
+        """Rows of a CSV that has these columns, as ("FILE:LINE", dict), stripped."""
+        path = self.file(names)
+        where = f"{path}:1"
+        open_file(path).close()
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, strict=True)  # an unclosed quote swallows patients
+            try:
+                header = [name.strip() for name in next(rows, [])]
+                expect(set(columns) <= set(header) and len(set(header)) == len(header), where,
+                       f"a CSV header with {', '.join(columns)}, each name once")
+                for cells in filter(None, rows):  # no blank line
+                    where = f"{path}:{rows.line_num}"
+                    expect(len(cells) == len(header), where, f"{len(header)} fields")
+                    yield where, dict(zip(header, map(str.strip, cells), strict=True))
+            except (UnicodeDecodeError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise UserError(f"{where}: expected a complete CSV file in UTF-8 after this line "
+                                f"({type(error).__name__})") from None
+
+    def image(self, path, folders=0):
+        """The image at this path, else of this name anywhere, in any format; else the path itself.
+
+        folders: how many of the path's folders belong to the name; a table whose exact paths must
+        be there needs no such search: take its paths as they are. A PNG or JPEG is taken for the
+        converted copy of a DICOM of its name; UserError if two others have one name, since one may
+        be a mask or of another size.
+        """
+        if os.path.isfile(self.root / path) and not path.lower().endswith(DICOM):
+            return path
+        images = self.images.setdefault(folders, {})
+        if not images:
+            for file in glob.iglob("**/*.*", root_dir=self.root, recursive=True):
+                if file.lower().endswith((".png", ".jpg", ".jpeg", *DICOM)):
+                    images.setdefault(name_of(file, folders), []).append(file)
+        files = images.get(name_of(path, folders), [path])
+        converted = [file for file in files if not file.lower().endswith(DICOM)]
+        first, *others = converted or files
+        expect(not others, self.root / first, f"one image of its name, {others} there too")
+        return first
+
+
+def name_of(path, folders):
+    """The last so many folders of a path, and its stem."""
+    return (*path.split("/")[-1 - folders:-1], stem(path))
+
+
+def stem(path):
+    """File name without endings; OpenI's CXR2_IM-1.png and 2_IM-1.dcm.png are one image."""
+    name = re.sub(r"(?i)(\.(dcm|dicom|png|jpe?g))+$", "", os.path.basename(path))
+    return re.sub(r"^CXR(\d+_)?(?=\d+_IM)", "", name)
+
+
+def label(where, value):
+    """1, 0, -1, or None if blank."""
+    text = str(value).lower().removesuffix(".0")
+    if text in ("", "none", "nan"):
+        return None
+    expect(text in ("1", "0", "-1"), where, "a label 1, 0, -1 or blank")
+    return int(text)
+
+
+def conditions_of(where, row):
+    """CheXpert's 14 columns -> labels by name, blanks left out."""
+    labels = {}
+    for name in CONDITIONS:
+        value = label(where, row.get(name))
+        if value is not None:
+            labels[name] = value
+    return labels
+
+
+def class_name(name):
+    """A set's class by its CheXpert name where one exists, else its own with spaces."""
+    name = " ".join(name.replace("_", " ").split())
+    return CLASS_NAMES.get(name.lower(), name)
+
+
+def join_text(*sections):
+    """Sections, some of which may be None, as one line."""
+    return " ".join(" ".join(text or "" for text in sections).split())
+
+
+def set_apart(items, share):
+    """scikit-learn's train_test_split(items, test_size=share, random_state=0): rest, share."""
+    order = np.random.RandomState(0).permutation(len(items))  # noqa: NPY002 (published splits)
+    items = [items[k] for k in order]
+    count = math.ceil(len(items) * share)
+    return items[count:], items[:count]
+
+
+def glorias_split(names):
+    """GLoRIA's 70/15/15 split: the split of each name."""
+    train, rest = set_apart(names, 0.3)
+    test, val = set_apart(rest, 0.5)
+    return dict.fromkeys(train, "train") | dict.fromkeys(val, "val") | dict.fromkeys(test, "test")
+
+
+def write_manifest(name, root, out, keep_missing=False, **settings):
+    """Writes what the builder of that name yields, with its settings -> the counts to print."""
+    root = Path(root).resolve()
+    expect(str(out).endswith(".jsonl") or not os.path.isfile(out), out,
+           "a new file, or a manifest (.jsonl), to write over")
+    records = BUILDERS[name](Download(root), **settings)
+    seen = set()
+    counts = Counter(studies=0)
+    with open_atomic(out) as file:
+        for record in tqdm(records, name, disable=None):
+            if isinstance(record, str):
+                counts[f"skipped: {record}"] += 1
+                continue
+            if not os.path.isfile(root / record["image"]):
+                counts["image not there"] += 1
+                if not keep_missing:
+                    continue
+            number = record.pop("study")
+            identity = f"{name}/{number}"
+            if number in seen:
+                identity += f"/{stem(record['image'])}"
+            seen.add(number)
+            counts["studies"] += 1
+            counts[record["split"]] += 1
+            if not record.keys() & {"labels", "targets"}:
+                counts["neither labels nor targets"] += 1
+            line = {"id": identity, "root": str(root), **record}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        expect(counts["studies"], root, f"studies of {name} and their images here "
+               f"(--keep-missing keeps those without image), got {dict(counts)}")
+    return counts
 
 
 # ---------------------------------------------------------------- builders, one a set (Sec. 5.1)
 
+MESH = groups("""
+    Atelectasis:
+        Pulmonary Atelectasis
+    Cardiomegaly:
+        Cardiomegaly
+    Mass:
+        Mass
+    Pleural Effusion:
+        Pleural Effusion
+    Infiltration:
+        Infiltrate
+    Nodule:
+        Nodule
+    Pneumonia:
+        Pneumonia
+    Pneumothorax:
+        Pneumothorax
+    Consolidation:
+        Consolidation
+    Edema:
+        Pulmonary Edema
+    Emphysema:
+        Emphysema
+        Pulmonary Emphysema
+        Bullous Emphysema
+    Fibrosis:
+        Pulmonary Fibrosis
+        Fibrosis
+    Pleural Thickening:
+        Thickening/pleura
+    Hernia:
+        Hernia, Hiatal
+    No Finding:
+        normal""")
 
-def build_openi(official, args):
-    """OpenI: Kaggle's two tables, else the official XML; targets from the human MeSH indexing"""
+
+def build_openi(official):
+    """OpenI: Kaggle's two tables, else the official XML; targets from the human MeSH indexing.
+
+    ROOT has Kaggle's indiana_reports.csv, indiana_projections.csv and images (all frontal ones are
+    taken), or the *.xml of NLMCXR_reports.tgz and the PNGs of NLMCXR_png.tgz, unpacked (the first
+    image of each report is taken, since no view is given). A report is findings and impression.
+    Studies that nobody indexed have no targets. Split by patient, who is the study: 80/10/10.
+    """
     kaggle = official.file("indiana_reports.csv", required=False)
     for number, images, report, mesh in openi_tables(official) if kaggle else openi_xml(official):
         if not images:
@@ -406,20 +824,17 @@ def mesh_targets(terms):
     """MeSH terms ("Pulmonary Atelectasis/base/left") -> targets; None if nobody indexed them."""
     if "No Indexing" in terms:
         return None
-    names = dict(line.split(": ") for line in lines(MESH))
-    classes = set()
+    heads = set()
     for term in terms:
         words = term.strip().split("/")
-        classes |= {names.get(words[0]), names.get("/".join(words[:2]))}
-    return {name: int(name in classes) for name in names.values()}
+        heads |= {words[0], "/".join(words[:2])}
+    return {name: int(not heads.isdisjoint(known)) for name, known in MESH.items()}
 
 
 def openi_tables(official):
     frontal = {}
-    for where, row in official.table("indiana_projections.csv", "uid", "filename", "projection"):
-        view = row["projection"]
-        expect(view in ("Frontal", "Lateral"), where, "projection Frontal or Lateral")
-        if view == "Frontal":
+    for _, row in official.table("indiana_projections.csv", "uid", "filename", "projection"):
+        if row["projection"] == "Frontal":
             frontal.setdefault(row["uid"], []).append(f"images/{row['filename']}")
     for _, row in official.table("indiana_reports.csv", "uid", "MeSH", "findings", "impression"):
         report = join_text(row["findings"], row["impression"])
@@ -427,31 +842,27 @@ def openi_tables(official):
 
 
 def openi_xml(official):
-    files = glob.glob("**/*.xml", root_dir=official.root, recursive=True)
-    expect(files, official.root, "indiana_reports.csv or the XML files, unpacked")
-    for path in sorted(official.root / file for file in files):
-        tree = parse_xml(path)
-        text = {node.get("Label"): node.text for node in tree.iter("AbstractText")}
+    for path in sorted(official.root.rglob("*.xml")):
+        try:
+            tree = ElementTree.parse(path)
+        except (ElementTree.ParseError, LookupError, ValueError) as error:
+            raise UserError(f"{path}: expected well-formed XML ({error})") from None
+        text = {node.get("Label"): "".join(node.itertext()) for node in tree.iter("AbstractText")}
         images = [f"{node.get('id')}.png" for node in tree.iter("parentImage")]
-        yield (Path(path).stem, images[:1],  # the first: no view is given
+        yield (path.stem, images[:1],  # the first: no view is given
                join_text(text.get("FINDINGS"), text.get("IMPRESSION")),
-               [node.text or "" for node in tree.iterfind("MeSH/major")])
+               ["".join(node.itertext()) for node in tree.iterfind("MeSH/major")])
 
 
-def parse_xml(path):
-    """An XML file as a tree; one with a DOCTYPE is refused: its entities may grow without bound."""
-    with open_file(path) as file:
-        text = file.read(MAX_XML_BYTES + 1)
-    expect(len(text) <= MAX_XML_BYTES, path, f"at most {MAX_XML_BYTES} bytes of XML")
-    try:
-        expect("<!DOCTYPE" not in text.decode(), path, "XML without DOCTYPE")
-        return ElementTree.fromstring(text)
-    except (UnicodeDecodeError, ElementTree.ParseError) as error:
-        raise UserError(f"{path}: expected well-formed XML in UTF-8 ({error})") from None
+def build_mimic(official):
+    """MIMIC-CXR-JPG with MIMIC-CXR's reports (files/pNN/PATIENT/STUDY.txt); frontal views.
 
-
-def build_mimic(official, args):
-    """MIMIC-CXR-JPG with MIMIC-CXR's reports (files/pNN/PATIENT/STUDY.txt); frontal views"""
+    ROOT has MIMIC-CXR-JPG's folder files and its tables mimic-cxr-2.*-metadata.csv, -split.csv and
+    -chexpert.csv (or .gz), and the reports of mimic-cxr-reports.zip, there or in a folder. Each PA
+    or AP image is a row, with its study's report and labels; studies without a row in -chexpert.csv
+    have none. A report is its findings and impression, the last of each that is not empty; where
+    it has neither, what follows the first paragraph of its last section. Official split.
+    """
     splits = {row["dicom_id"]: row["split"].replace("validate", "val")
               for _, row in official.table("mimic-cxr-2.*-split.csv", "dicom_id", "split")}
     table = official.table("mimic-cxr-2.*-chexpert.csv", "study_id", *CONDITIONS)
@@ -465,51 +876,126 @@ def build_mimic(official, args):
         expect(splits.get(image) in SPLITS, where, "its dicom_id in mimic-cxr-2.*-split.csv, "
                "with split train, validate or test")
         path = f"files/p{patient[:2]}/p{patient}/s{number}"
-        text = official.file(f"{path}.txt", required=False)
+        text = official.file(glob.escape(f"{path}.txt"), required=False)
         if not text:
             yield "no report file files/pNN/PATIENT/STUDY.txt here or in mimic-cxr-reports"
             continue
         report = mimic_report(text)
         if report:
             yield study(image, official.image(f"{path}/{image}.jpg"), patient, splits[image],
-                        report=report, labels=labels.get(number, {}), study_id=number)
+                        report=report, labels=labels.get(number), study_id=number)
         else:
             yield "neither findings nor impression"
 
 
+# Capitals, or up to four words: prose may hold a colon too.
+HEADING = r"(?m)^[ \t]*([A-Z][A-Z0-9_ ()/,&-]*|[A-Z]\w*(?:[ ,/]+\w+){0,3} ?):(?=\s)"
+# The first row with a word of a heading, misspelt or not, says which section begins there.
+HEADINGS = groups("""
+    impression:
+        impression
+        conclusion
+    findings:
+        findings
+    context:
+        addendum
+        comparison
+        history
+        indication
+        reason
+        clinical
+        technique
+        notification
+        recommendation
+        comment
+        attestation
+        read
+        wetread
+        pfi
+        report
+    view:
+        view
+        chest
+        portable
+        frontal
+        lateral
+        lat
+        ap
+        pa
+        upright
+        supine
+        radiograph
+        film
+        ribs
+        window
+    examination:
+        examination
+        exam
+        procedure
+        study
+        date
+        dose""")
+
+
 def mimic_report(path):
-    """Findings and impression of a MIMIC-CXR report."""
-    with open_text(path, errors="replace") as file:
-        text = file.read()
-    return join_text(section(text, "FINDING"), section(text, "IMPRESSION", "CONCLUSION"))
+    """Findings and impression of a MIMIC-CXR report, else the paragraphs of its last section.
+
+    As by the official parser (github.com/MIT-LCP/mimic-cxr): the last section of a name that is not
+    empty counts, since an addendum stands before its report, and a heading that names the view
+    begins findings. Here headings may also be indented otherwise, have small letters or follow an
+    empty section at once, and unknown ones inside findings (LUNGS:) stay there as text.
+    """
+    text = path.read_text("utf-8", errors="replace")
+    first, *pieces = re.split(HEADING, text)  # heading, body, heading, body, ...
+    sections = [["preamble", first]]
+    while pieces:
+        heading, body, *pieces = pieces
+        inside = sections[-1][0] == "findings"
+        name = section_of(heading)
+        if name == "view":
+            name = "findings"
+            whole = r"\b(VIEW|PORTABLE|FRONTAL|LATERAL|RADIOGRAPH|AP CHEST|PA CHEST)"
+            if inside and not re.search(whole, heading):  # a part, such as CHEST WALL
+                name = None
+        if name is None and (inside or not heading.isupper()):
+            sections[-1][1] += f" {heading}:{body}"
+        else:
+            sections.append([name, body])
+    bodies = {name: body for name, body in sections if body.strip()}
+    # ASSUMPTION: a report is findings and impression; which of them the paper takes is not said.
+    report = join_text(bodies.get("findings"), bodies.get("impression"))
+    others = [body for name, body in sections if name not in ("findings", "impression")]
+    return report or join_text(*re.split(r"\n\s*\n", others[-1].rstrip())[1:])
 
 
-def section(text, *names):
-    """The body of a report's sections whose heading starts with one of these names."""
-    pieces = re.split(r"^[ \t]*([A-Z][A-Z ()/,-]+):(?=\s)", text, flags=re.MULTILINE)[1:]
-    bodies = zip(pieces[::2], pieces[1::2], strict=True)  # heading, body, heading, body, ...
-    return join_text(*(body for heading, body in bodies if heading.startswith(names)))
+@lru_cache(None)
+def section_of(heading):
+    """The row of HEADINGS that a heading belongs to, or None."""
+    words = re.findall("[a-z]+", heading.lower())
+    for name, known in HEADINGS.items():
+        for word in words:
+            if difflib.get_close_matches(word, known, 1, 0.8):
+                return name
 
 
-def build_chexpert_plus(official, args):
-    """CheXpert Plus: its CSV, CheXbert labels and RadGraph-XL graphs; frontal views"""
-    sections = ("section_findings", "section_impression")
+def build_chexpert_plus(official):
+    """CheXpert Plus: its CSV and CheXbert labels; frontal views.
+
+    ROOT has df_chexpert_plus_*.csv, the folder PNG (or JPEGs, DICOMs) and, in any folder near,
+    findings_fixed.json and impression_fixed.json: labels of both sections are joined, and rows of
+    which neither file knows the image have none. The published graphs are not read. The official
+    valid is val; there is no test.
+    """
     labels = {}
-    graphs = {}
-    for name in sections:
-        part = name.removeprefix("section_")
-        file = official.file(f"chexbert_labels/{part}_fixed.json", required=False)
+    for part in ("findings", "impression"):
+        file = official.file(f"{part}_fixed.json|*/*/{part}_fixed.json", required=False)
         if file:
             add_labels(labels, file)
-        file = official.file(f"radgraph-XL-annotations/{name}.json", required=False)
-        if file:
-            graphs[name] = iter(read_json(file, list))
-    columns = ("path_to_image", "frontal_lateral", "deid_patient_id", "split")
-    for where, row in official.table("df_chexpert_plus_*.csv", *columns, *sections):
-        image, view, patient, split = (row[column] for column in columns)
-        report = join_text(*(row[name] for name in sections))
-        # Only sections of two words and more have a graph, lateral views' too.
-        records = [next(graphs[name], None) for name in graphs if len(row[name].split()) > 1]
+    columns = ("path_to_image", "frontal_lateral", "deid_patient_id", "split",
+               "section_findings", "section_impression")
+    for _, row in official.table("df_chexpert_plus_*.csv", *columns):
+        image, view, patient, split, *sections = (row[column] for column in columns)
+        report = join_text(*sections)
         if view != "Frontal":
             yield "not frontal"
         elif not report:
@@ -517,127 +1003,140 @@ def build_chexpert_plus(official, args):
         else:
             number = "/".join(image.split("/")[-3:-1])
             yield study(number, official.image(image, folders=2), patient,
-                        split.replace("valid", "val"), report=report, labels=labels.get(image, {}),
-                        graph=merge_graphs(where, records))
-    for name, rest in graphs.items():
-        expect(next(rest, None) is None, official.root, f"one graph a {name}, got more")
+                        split.replace("valid", "val"), report=report, labels=labels.get(image))
 
 
 def add_labels(labels, file):
     """CheXbert's labels of a section, added to those of its image: 1 beats -1, which beats 0."""
     for line, row in read_jsonl(file):
-        where = f"{file}:{line}"
-        [image] = texts_of(where, row, "path_to_image")
-        known = labels.setdefault(image, {})
-        for name, value in conditions_of(where, row).items():
+        check_texts(f"{file}:{line}", row, "path_to_image")
+        known = labels.setdefault(row["path_to_image"], {})
+        for name, value in conditions_of(f"{file}:{line}", row).items():
             known[name] = max(known.get(name, 0), value, key=(0, -1, 1).index)
         if any(known.get(name) for name in CONDITIONS[:-2]):  # support devices aside
             known.pop("No Finding", None)
 
 
-def merge_graphs(where, records):
-    """RadGraph records of consecutive sections -> one record; None if there are none."""
-    words = []
-    entities = {}
-    for k, record in enumerate(records):
-        if isinstance(record, dict):
-            record = record.get("0", record)
-        check_graph(where, record)
-        [text] = texts_of(where, record, "text")
-        text = text.split(" ")
-        for key, entity in record.get("entities", {}).items():
-            start = entity.get("start_ix")
-            end = entity.get("end_ix")
-            inside = start in range(len(text)) and end in range(len(text))
-            expect(inside, where, "start_ix and end_ix of each entity inside its text")
-            relations = [[kind, f"{k}/{to}"] for kind, to in entity.get("relations", [])]
-            entities[f"{k}/{key}"] = entity | {
-                "start_ix": start + len(words), "end_ix": end + len(words), "relations": relations}
-        words += text
-    return {"text": " ".join(words), "entities": entities} if records else None
+def build_chexpert5x200(official):
+    """CheXpert 5x200: GLoRIA's chexpert_5x200.csv beside CheXpert's images.
 
-
-def build_chexpert5x200(official, args):
-    """CheXpert 5x200: GLoRIA's chexpert_5x200.csv (it has no seed) beside CheXpert's images"""
+    The draw had no seed, so the list itself is needed. Five classes, one of them positive a row;
+    all is test. Leave these patients out of CheXpert's training rows yourself.
+    """
     names = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
     for where, row in official.table("chexpert_?x200.csv", "Path", *names):
-        number = "/".join(row["Path"].split("/")[-3:-1])  # PATIENT/STUDY
-        yield study(number, official.image(row["Path"], folders=2), number.split("/")[0], "test",
+        patient, number = row["Path"].split("/")[-3:-1]
+        yield study(f"{patient}/{number}", official.image(row["Path"], folders=2), patient, "test",
                     targets={name: int(label(where, row[name]) == 1) for name in names},
                     report=join_text(row.get("Report Impression")) or None)
 
 
-def build_rsna(official, args):
-    """RSNA pneumonia: stage 2 labels, GLoRIA's split; rsna-ab is without class Normal"""
-    positive = {}
-    normal = set()
-    for where, row in official.table("stage_2_train_labels.csv", "patientId", "Target"):
-        name = row["patientId"]
-        positive[name] = positive.get(name, False) or label(where, row["Target"]) == 1
-    if args.command == "rsna-ab":
-        table = official.table("stage_2_detailed_class_info.csv", "patientId", "class")
-        for where, row in table:
-            expect(row["class"] in RSNA, where, f"class {', '.join(RSNA)}")
-            if row["class"] == "Normal":
-                normal.add(row["patientId"])
-    yield from glorias_studies(official, "stage_2_train_images", "Pneumonia", positive, normal)
+def build_rsna(official):
+    """RSNA pneumonia: stage 2 labels, GLoRIA's split.
+
+    ROOT has stage_2_train_labels.csv and stage_2_train_images (DICOM, or converted copies of the
+    same names). 70/15/15 as GLoRIA draws it from the sorted patients: 18,678, 4,003 and 4,003.
+    """
+    table = official.table("stage_2_train_labels.csv", "patientId", "Target")
+    marks = [(row["patientId"], label(where, row["Target"])) for where, row in table]
+    yield from glorias_studies(official, "stage_2_train_images", "Pneumonia", marks)
 
 
-def build_siim(official, args):
-    """SIIM pneumothorax: masks to labels, one line an image, GLoRIA's shares"""
-    positive = {}
-    table = "train-rle.csv|stage_2_train.csv|*train-rle.csv"
-    for _, row in official.table(table, "ImageId", "EncodedPixels"):
-        name = row["ImageId"]
-        positive[name] = positive.get(name, False) or row["EncodedPixels"] not in ("", "-1")
-    # DIFFERS from Sec. 5.1: SIIM is split by image, not by row, so that none leaks into test.
-    yield from glorias_studies(official, "dicom-images-train", "Pneumothorax", positive)
+def build_rsna_ab(official):
+    """RSNA pneumonia without class Normal (RSNA-ab), in the split of the whole.
 
-
-def glorias_studies(official, folder, target, positive, normal=()):
-    """A study for each image, of one target that is positive or not, in GLoRIA's split."""
-    splits = glorias_split(sorted(positive))
-    for name in sorted(positive):
-        if name in normal:
+    ROOT is as for rsna, with stage_2_detailed_class_info.csv.
+    """
+    table = official.table("stage_2_detailed_class_info.csv", "patientId", "class")
+    normal = {row["patientId"] for _, row in table if row["class"] == "Normal"}
+    for record in build_rsna(official):
+        if record["study"] in normal:
             yield "class Normal"
         else:
-            yield study(name, official.image(f"{folder}/{name}.dcm"), name, splits[name],
-                        targets={target: int(positive[name])})
+            yield record
 
 
-def build_vindr(official, args):
-    """VinDr-CXR 1.0.0: the consensus for test, any of the three readers for train"""
+def build_siim(official):
+    """SIIM pneumothorax: masks to labels, one line an image, GLoRIA's shares.
+
+    ROOT has train-rle.csv or stage_2_train.csv, and dicom-images-train. An image is positive if one
+    of its rows holds a mask. GLoRIA's own split is by row, so its numbers are not comparable.
+    """
+    table = "train-rle.csv|stage_2_train.csv|*train-rle.csv"
+    marks = []
+    for where, row in official.table(table, "ImageId", "EncodedPixels"):
+        runs = row["EncodedPixels"]
+        expect(re.fullmatch(r"-1|(\d+ \d+ ?)*", runs), where, "EncodedPixels of -1, blank or runs")
+        marks.append((row["ImageId"], runs not in ("", "-1")))
+    # DIFFERS from Sec. 5.1: SIIM is split by image, not by row, so that none leaks into test.
+    yield from glorias_studies(official, "dicom-images-train", "Pneumothorax", marks)
+
+
+def glorias_studies(official, folder, target, marks):
+    """A study for each image, of one target, 1 if any of its rows says so; GLoRIA's split."""
+    positives = {name for name, mark in marks if mark == 1}
+    names = sorted(dict(marks))
+    splits = glorias_split(names)
+    for name in names:
+        yield study(name, official.image(f"{folder}/{name}.dcm"), name, splits[name],
+                    targets={target: int(name in positives)})
+
+
+def build_vindr(official):
+    """VinDr-CXR 1.0.0: the consensus for test, any of the three readers for train.
+
+    ROOT has annotations/image_labels_train.csv and image_labels_test.csv, and the folders train and
+    test (DICOM, or converted copies of the same names). No patients are known: each image is one.
+    """
     for part in ("train", "test"):
         marks = {}  # image -> class -> 1 if a reader marked it
         for where, row in official.table(f"image_labels_{part}.csv", "image_id", "No finding"):
             classes = marks.setdefault(row["image_id"], {})
             for column, value in row.items():
-                name = class_name(column)
-                if name.lower() not in ("image id", "rad id", "no finding"):
-                    classes[name] = max(classes.get(name, 0), int(label(where, value) == 1))
+                if column not in ("image_id", "rad_ID", "No finding"):
+                    name = class_name(column)
+                    classes[name] = max(classes.get(name, 0), label(where, value) or 0)
         # ASSUMPTION: VinDr's val is CXR-CLIP's 20 % of the train images, drawn from the sorted ids.
-        splits = dict.fromkeys(marks, part)
+        val = set()
         if part == "train":
-            splits |= dict.fromkeys(set_apart(sorted(marks), 0.2)[1], "val")
+            val = set(set_apart(sorted(marks), 0.2)[1])
         for name in sorted(marks):
             targets = marks[name] | {"No Finding": int(not any(marks[name].values()))}
             yield study(name, official.image(f"{part}/{name}.dicom"), name,
-                        splits[name], targets=targets)
+                        "val" if name in val else part, targets=targets)
 
 
-def build_cxr14(official, args):
-    """ChestX-ray14: Data_Entry_2017 with the official lists, else split by patient"""
-    pairs = {}
-    lists = {}
-    if args.probmed:
-        pairs = probmed_pairs(args.probmed)
-    for part in ("train_val", "test"):
-        path = official.file(f"{part}_list.txt", required=False)
-        if path:
-            with open_text(path, errors="replace") as file:
-                lists |= {stem(line.strip()): part for line in file}
-    if not lists:
-        print("no train_val_list.txt and test_list.txt: split by patient, not the official split")
+CXR14 = lines("""
+    Atelectasis
+    Cardiomegaly
+    Effusion
+    Infiltration
+    Mass
+    Nodule
+    Pneumonia
+    Pneumothorax
+    Consolidation
+    Edema
+    Emphysema
+    Fibrosis
+    Pleural_Thickening
+    Hernia
+    No Finding""")
+
+
+def build_cxr14(official, probmed=""):
+    """ChestX-ray14: Data_Entry_2017 with the official test list, else split by patient.
+
+    ROOT has Data_Entry_2017*.csv, the images below any folders and, for the official split,
+    test_list.txt; a tenth of the other patients is val. --probmed is ProbMed's test.json: its
+    images alone are kept, each with pairs of a present and an absent class, for adversarial.
+    """
+    pairs = probmed_pairs(probmed) if probmed else {}
+    tested = official.file("test_list.txt", required=False)
+    if tested:
+        test = set(map(stem, tested.read_text("utf-8").split()))
+    else:
+        print("no test_list.txt: split by patient, not the official split")
     table = "Data_Entry_2017_v2020.csv|Data_Entry_2017*.csv"
     for where, row in official.table(table, "Image Index", "Finding Labels", "Patient ID"):
         name = stem(row["Image Index"])
@@ -645,13 +1144,12 @@ def build_cxr14(official, args):
         classes = row["Finding Labels"].split("|")
         expect(set(classes) <= set(CXR14), where, f"Finding Labels out of {', '.join(CXR14)}")
         split = split_of(patient)
-        if lists:
-            expect(name in lists, where, "its image in one of the official lists")
-            if lists[name] == "test":
+        if tested:
+            if name in test:
                 split = "test"
             elif split == "test":
                 split = "train"
-        if args.probmed and name not in pairs:
+        if probmed and name not in pairs:
             yield "not among ProbMed's images"
             continue
         yield study(name, official.image(f"images/{row['Image Index']}"), patient, split,
@@ -663,9 +1161,9 @@ def probmed_pairs(path):
     """ProbMed's test.json -> image -> [[present class, absent class], ...]."""
     asked = {}
     for k, entry in enumerate(read_json(path, list)):
-        image, kind, question = texts_of(f"{path}: entry {k}", entry, "image", "qa_type",
-                                         "question")
-        asked.setdefault(stem(image), {})[kind] = asked_class(question)
+        check_texts(f"{path}: entry {k}", entry, "image", "qa_type", "question")
+        classes = asked.setdefault(stem(entry["image"]), {})
+        classes[entry["qa_type"]] = asked_class(entry["question"])
     pairs = {}
     for image, classes in asked.items():
         pairs[image] = []
@@ -677,323 +1175,241 @@ def probmed_pairs(path):
 
 
 def asked_class(question):
-    """The class of ChestX-ray14 that a question asks for, the longest name first, or None."""
+    """The class of ChestX-ray14 that a question asks for, or None."""
     text = question.lower().replace("_", " ")
-    for name in sorted(CXR14, key=len, reverse=True):
+    for name in CXR14:
         if name.lower().replace("_", " ") in text:
             return class_name(name)
 
 
-def build_cxr_align(official, args):
-    """CXR-Align's cxr-align.json (Sec. 3) beside its images"""
+def build_cxr_align(official):
+    """CXR-Align's cxr-align.json (Sec. 3) beside its images.
+
+    An image is found by its name wherever it lies below ROOT, in MIMIC-CXR-JPG's folders too, which
+    tell the patient. Rows have no labels: r, r^r and r^n of the chosen condition; all is test.
+    """
     file = official.file("cxr-align.json")
     for source, entries in read_json(file, dict).items():
-        expect(isinstance(entries, dict), file, "an object of entries for each source")
         for k, (name, entry) in enumerate(entries.items()):
             where = f"{file}: {source}, entry {k}"
-            chosen, report, omitted, negation = texts_of(where, entry, "chosen", "report",
-                                                         "omitted", "negation")
-            condition = CLASS_NAMES.get(chosen.lower())
-            expect(condition, where, "chosen out of CheXpert's conditions")
+            check_texts(where, entry, "chosen", "report", "omitted", "negation")
+            condition = class_name(entry["chosen"])
+            expect(condition in CONDITIONS, where, "chosen out of CheXpert's conditions, got "
+                   f"{condition}")
             image = official.image(f"images/{name}.jpg")  # found by its name wherever it lies
             patient = re.search(r"/p(\d{8})/", image)  # in MIMIC-CXR-JPG's folders
-            negative = {"condition": condition, "omitted": omitted, "report": negation,
-                        "position": entry.get("location")}
-            yield study(name, image, patient[1] if patient else name, "test", report=report,
-                        hard_negatives=[negative])
-
-
-# ---------------------------------------------------------------- builders: what they share
-
-
-class Download:
-    """A set's official files below root, by relative path or by name; no image is opened."""
-
-    def __init__(self, root):
-        self.root = Path(root)
-        self.images = None  # paths by name, once one is looked for
-
-    def file(self, names, required=True):
-        """The first of the files "A|B" (* and ? allowed), plain or .gz, in root or a folder."""
-        for name in names.split("|"):
-            for pattern in (name, f"{name}.gz", f"*/{name}", f"*/{name}.gz"):
-                paths = sorted(self.root.glob(pattern))
-                if paths:
-                    return paths[0]
-        expect(not required, self.root, f"the file {names} (or .gz)")
-        return None
-
-    def table(self, names, *columns):
-        """Rows of a CSV that has these columns, as ("FILE:LINE", dict), stripped."""
-        path = self.file(names)
-        csv.field_size_limit(1 << 27)
-        with open_text(path) as file:
-            rows = csv.DictReader(file, strict=True)  # an unclosed quote swallows patients
-            try:
-                header = {name.strip() for name in rows.fieldnames or ()}
-                lacking = ", ".join(name for name in columns if name not in header)
-                expect(not lacking, f"{path}:1", f"a CSV header with {lacking}")
-                for row in rows:
-                    where = f"{path}:{rows.line_num}"
-                    whole = None not in row and None not in row.values()  # no cell more or less
-                    expect(whole, where, f"{len(rows.fieldnames)} fields")
-                    yield where, {name.strip(): cell.strip() for name, cell in row.items()}
-            except (UnicodeDecodeError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise UserError(f"{path}:{max(1, rows.line_num)}: expected a complete CSV file in "
-                                f"UTF-8 after this line ({type(error).__name__})") from None
-
-    def image(self, path, folders=0):
-        """The image at this path, else of this name anywhere, in any format; else the path itself.
-
-        folders: how many of the path's folders belong to the name; a table whose exact paths must
-        be there needs no such search: take its paths as they are. A PNG or JPEG is taken for the
-        converted copy of a DICOM of its name; UserError if two others have one name, since one may
-        be a mask or of another size.
-        """
-        if os.path.isfile(self.root / path) and not path.endswith(DICOM):
-            return path
-        if self.images is None:
-            self.images = {}
-            for file in glob.iglob("**/*.*", root_dir=self.root, recursive=True):
-                if file.lower().endswith(SUFFIXES):
-                    self.images.setdefault(name_of(file, folders), []).append(file)
-        files = self.images.get(name_of(path, folders), [path])
-        converted = [file for file in files if not file.lower().endswith(DICOM)]
-        first, *others = converted or files
-        expect(not others, self.root / first, f"one image of its name, {others} there too")
-        return first
-
-
-def name_of(path, folders):
-    """The last so many folders of a path, and its stem."""
-    return (*path.split("/")[-1 - folders:-1], stem(path))
-
-
-def stem(path):
-    """File name without endings; OpenI's CXR2_IM-1.png and 2_IM-1.dcm.png are one image."""
-    name = re.sub(r"(\.(dcm|dicom|png|jpe?g))+$", "", os.path.basename(path), flags=re.IGNORECASE)
-    return re.sub(r"^CXR(\d+_)?(?=\d+_IM)", "", name)
-
-
-def study(name, image, patient, split, **fields):
-    """One image, a path below the root, of the study `name`; fields that are None are left out."""
-    fields = {key: value for key, value in fields.items() if value is not None}
-    return {"study": name, "image": image, "patient": patient, "split": split} | fields
-
-
-def label(where, value):
-    """1, 0, -1, or None if blank."""
-    text = str(value).strip().lower().removesuffix(".0")
-    if text in ("", "none", "nan"):
-        return None
-    expect(text in ("1", "0", "-1"), where, "a label 1, 0, -1 or blank")
-    return int(text)
-
-
-def conditions_of(where, row):
-    """CheXpert's 14 columns -> labels by name, blanks left out."""
-    values = {name: label(where, row.get(name, "")) for name in CONDITIONS}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def class_name(name):
-    """A set's class by its CheXpert name where one exists, else its own with spaces."""
-    name = name.replace("_", " ")
-    return CLASS_NAMES.get(name.lower(), name)
-
-
-def join_text(*sections):
-    """Sections, some of which may be None, as one line."""
-    return " ".join(" ".join(text or "" for text in sections).split())
-
-
-def set_apart(items, share):
-    """scikit-learn's train_test_split(items, test_size=share, random_state=0): rest, share."""
-    order = np.random.RandomState(0).permutation(len(items))  # noqa: NPY002 (published splits)
-    count = math.ceil(len(items) * share)
-    return [items[k] for k in order[count:]], [items[k] for k in order[:count]]
-
-
-def glorias_split(names):
-    """GLoRIA's 70/15/15 split: the split of each name."""
-    train, rest = set_apart(names, 0.3)
-    test, val = set_apart(rest, 0.5)
-    return dict.fromkeys(train, "train") | dict.fromkeys(val, "val") | dict.fromkeys(test, "test")
-
-
-def write_manifest(name, records, root, out, keep_missing=False):
-    """Writes what a builder yields, images that are not there left out -> the counts to print."""
-    root = Path(root).resolve()
-    seen = set()
-    counts = Counter(studies=0)
-    missing = f"image not there ({'kept' if keep_missing else 'left out'})"
-    with open_atomic(out) as file:
-        for record in tqdm(records, name, disable=None):
-            if isinstance(record, str):
-                counts[f"skipped: {record}"] += 1
-                continue
-            number = record.pop("study")
-            identity = f"{name}/{number}"
-            if number in seen:
-                identity += f"/{stem(record['image'])}"
-            seen.add(number)
-            if not os.path.isfile(root / record["image"]):
-                counts[missing] += 1
-                if not keep_missing:
-                    continue
-            counts["studies"] += 1
-            counts[record["split"]] += 1
-            line = {"id": identity, "root": str(root), **record}
-            check_record(f"{name}, study {counts['studies']}", line)
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        expect(counts["studies"], root, f"studies of {name} and their images here "
-               f"(--keep-missing keeps those without image), got {dict(counts)}")
-    return aligned(counts)
-
-
-def aligned(counts):
-    """Counts by name as lines of a table."""
-    width = max(map(len, counts))
-    return "\n".join(f"  {name:<{width}}  {count:>9,}" for name, count in counts.items())
-
-
-# ---------------------------------------------------------------- images (App. B.1)
-
-
-def read_image(path, at_least=None):
-    """One radiograph as a grey 8-bit PIL image.
-
-    path: PNG or JPEG of 8 or 16 bits, or DICOM (needs pydicom; MONOCHROME1 is inverted). at_least:
-    side in pixels that suffices; a JPEG is decoded at 1/2, 1/4 or 1/8 if both sides stay above it.
-    UserError names the file; the size is checked before anything is decoded.
-    """
-    if str(path).lower().endswith(DICOM):
-        return read_dicom(path)
-    with open_file(path) as file:
-        try:
-            image = Image.open(file, formats=("PNG", "JPEG"))
-            count = image.width * image.height
-            if count <= MAX_PIXELS:
-                if at_least is not None:
-                    image.draft("L", (at_least, at_least))
-                image.load()
-        except Exception as error:  # Pillow's, of many kinds for damaged bytes
-            raise broken_image(path, error) from None
-    expect(count <= MAX_PIXELS, path, f"at most {MAX_PIXELS} pixels")
-    if image.mode.startswith("I"):  # which convert() would clip
-        return to_grey(np.asarray(image))
-    return image.convert("L")
-
-
-def read_dicom(path):
-    """A grey image of one frame in DICOM, by pydicom where it is installed."""
-    with open_file(path) as file:
-        try:
-            import pydicom
-            header = pydicom.dcmread(file)
-            count = int(header.Rows) * int(header.Columns) * int(header.get("NumberOfFrames") or 1)
-            inverted = header.get("PhotometricInterpretation") == "MONOCHROME1"
-            values = header.pixel_array if count <= MAX_PIXELS else None
-        except ImportError:
-            raise UserError(f"{path}: reading DICOM needs pydicom (pip install pydicom)") from None
-        except Exception as error:  # pydicom's, of many kinds for damaged bytes
-            raise broken_image(path, error) from None
-    expect(values is not None, path, f"at most {MAX_PIXELS} pixels")
-    expect(values.ndim == 2 and values.size, path, "a grey image of one frame")
-    values = values.astype(np.float32)  # first, since whole numbers may overflow when turned
-    return to_grey(-values if inverted else values)
-
-
-def broken_image(path, error):
-    kind = type(error).__name__  # its message may hold what the file holds
-    return UserError(f"{path}: expected an intact PNG, JPEG or grey DICOM image ({kind})")
-
-
-def to_grey(values):
-    """More than 8 bits -> an 8-bit image, the darkest value 0 and the brightest 255 (flat: 0)."""
-    # ASSUMPTION: images of more than 8 bits are scaled by their own minimum and maximum.
-    values = values.astype(np.float32)
-    low = float(values.min())
-    high = float(values.max())
-    scaled = (values - low) * (255 / max(high - low, 1e-6))
-    return Image.fromarray(np.round(scaled).astype(np.uint8))
-
-
-def pixels(image, size, rng=None):
-    """PIL image -> (1, S, S) uint8: all of it, or with rng a random crop, resized in one step."""
-    width, height = image.size
-    box = (0, 0, width, height)
-    if rng is not None:
-        # ASSUMPTION: crops keep 80-100 % of the area and 10 % of the aspect; sides are not flipped.
-        u = rng.random(4).tolist()  # in [0, 1)
-        area = 0.8 + 0.2 * u[0]
-        aspect = math.exp(0.2 * u[1] - 0.1)
-        w = width * min(1, (area * aspect) ** 0.5)
-        h = height * min(1, (area / aspect) ** 0.5)
-        x = u[2] * (width - w)
-        y = u[3] * (height - h)
-        box = (x, y, x + w, y + h)
-    resized = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    return np.asarray(resized)[None]  # (1, S, S)
-
-
-def crop_borders(image):
-    """Cuts black padding away: rows and columns in which hardly any pixel is not black."""
-    # ASSUMPTION: App. B.1's preprocessing cannot be had; black borders are cut only on request.
-    bright = np.asarray(image) > 10
-    rows = np.flatnonzero(bright.mean(1) > 0.02)
-    columns = np.flatnonzero(bright.mean(0) > 0.02)
-    if len(rows) and len(columns):
-        image = image.crop((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
-    return image
+            negative = {"condition": condition, "omitted": entry["omitted"],
+                        "report": entry["negation"], "position": entry.get("location")}
+            yield study(name, image, patient[1] if patient else name, "test",
+                        report=entry["report"], hard_negatives=[negative])
 
 
 # ---------------------------------------------------------------- the phantom: reports
 
+NORMALS = {  # Tab. 1
+    "No acute cardiopulmonary process.": 15829,
+    "No acute intrathoracic process.": 4643,
+    "No acute cardiopulmonary abnormality.": 4488,
+    "No evidence of pneumonia.": 1014,
+    "No evidence of acute cardiopulmonary process.": 1255,
+}
+# DIFFERS from Sec. 5.5: a hospital's 130,000 normal studies become drawn ones, --duplicates.
+DUPLICATE = "No active lung lesion."  # Tab. 3: their one sentence
+SEVERITY = {  # amount of a finding
+    "minimal": 0.3,
+    "mild": 0.4,
+    "slight": 0.4,
+    "moderate": 0.6,
+    "severe": 0.8,
+    "marked": 0.8,
+    "extensive": 0.9,
+}
+SIDES = {"right": -1, "left": 1}  # the patient's: the sign of x
+ZONES = {"upper": -0.38, "mid": -0.02, "lower": 0.30}  # of a lung: y
+# The points of a line, x and y.
+DEVICES = groups("""
+    left chest pacemaker:
+        0.62 -0.62
+        0.48 -0.62
+        0.48 -0.48
+        0.62 -0.48
+        0.62 -0.62
+        0.20 -0.42
+        0.02 -0.10
+        0.00 0.30
+        0.22 0.50
+    right internal jugular catheter:
+        -0.22 -0.98
+        -0.15 -0.60
+        -0.10 -0.20
+        -0.08 0.10
+    endotracheal tube:
+        0.01 -1
+        0.00 -0.60
+        0.02 -0.28
+    nasogastric tube:
+        0.02 -1
+        0.03 0.20
+        0.10 0.62
+        0.30 0.72""")
+# By condition, but No Finding: what a report may say of it. A new condition needs a row here.
+PHRASES = groups("""
+    Enlarged Cardiomediastinum:
+        {severity} widening of the mediastinum
+        {severity} mediastinal widening
+    Cardiomegaly:
+        {severity} cardiomegaly
+        {severity} enlargement of the heart
+        {severity} cardiac enlargement
+    Lung Opacity:
+        {severity} hazy opacity in the {side} {zone} lung
+        ill-defined {side} {zone} lung opacity
+    Lung Lesion:
+        {severity} {side} {zone} lung nodule
+        {severity} rounded nodule in the {side} {zone} lung
+        {side} {zone} lung mass
+    Edema:
+        {severity} pulmonary edema
+        {severity} interstitial edema
+    Consolidation:
+        {severity} consolidation in the {side} {zone} lung
+        {severity} focal {side} {zone} lobe consolidation
+    Pneumonia:
+        {side} {zone} lobe pneumonia
+        {severity} pneumonia in the {side} {zone} lung
+    Atelectasis:
+        {severity} {side} basilar atelectasis
+        {severity} atelectasis at the {side} base
+        {side} atelectasis
+    Pneumothorax:
+        {severity} {side} pneumothorax
+        {side} pneumothorax
+    Pleural Effusion:
+        {severity} {side} pleural effusion
+        {severity} effusion on the {side}
+    Pleural Other:
+        {severity} {side} pleural thickening
+        {side} lateral pleural thickening
+    Fracture:
+        {side} rib fracture
+        {severity} displaced {side} rib fracture
+        fracture of several {side} ribs
+    Support Devices:
+        {device}
+        {device} in place
+        {device} in standard position""")
+FRAMES = lines("""
+    there is {}.
+    {}.
+    {} is present.
+    {} is noted.
+    {} is seen.
+    findings show {}.
+    stable {}.
+    {}, unchanged from the prior study.
+    compared to the prior study, there is {}.
+    unchanged {}.
+    {} is again seen.
+    no significant change in {}.
+    new {} since the prior radiograph.""")
+# By the conditions that a sentence denies, in the words of negations.py's denials.
+ABSENT = groups("""
+    Cardiomegaly:
+        the heart is normal in size.
+        heart size is normal.
+        the heart is not enlarged.
+        no cardiac enlargement.
+    Enlarged Cardiomediastinum:
+        normal mediastinal contours.
+        the mediastinum is not widened.
+    Pleural Effusion:
+        no pleural effusion.
+        no pleural fluid.
+        there is no pleural effusion on either side.
+    Pneumothorax:
+        no pneumothorax.
+        there is no evidence of pneumothorax.
+        no pneumothorax seen.
+    Consolidation:
+        no focal consolidation.
+        there is no consolidation.
+    Edema:
+        no pulmonary edema.
+        no edema in the lungs.
+        there is no evidence of edema.
+    Fracture:
+        no fracture.
+        no bony fracture.
+        no osseous fracture.
+    Pneumonia:
+        no evidence of pneumonia.
+        no pneumonia.
+    Atelectasis:
+        no atelectasis.
+    Lung Lesion:
+        no nodule or mass.
+        no nodules or masses.
+        no lung nodule or mass.
+    Lung Opacity:
+        no pulmonary opacity.
+        no airspace opacity.
+        no lung infiltrate.
+    Pleural Other:
+        no pleural thickening.
+    Support Devices:
+        no catheter, tube or device.
+        no line, tube or device.
+    Pleural Effusion, Pneumothorax:
+        no pleural effusion or pneumothorax.
+    Consolidation, Edema, Pleural Effusion:
+        no focal consolidation, pulmonary edema or pleural effusion.
+    Atelectasis, Pneumonia, Pneumothorax:
+        no atelectasis, pneumonia or pneumothorax.""")
 
-def make_phantom(folder, studies=3000, size=64, seed=0, normal_fraction=0.45, duplicates=0):
+
+def make_phantom(folder, **settings):
     """Draws the phantom into a folder -> path of its raw phantom.jsonl; reused if it is there.
 
-    studies: normal_fraction of them have one of Tab. 1's templates at that table's frequencies;
-    duplicates: more normal training studies with one identical sentence (Tab. 3); size in pixels.
+    settings: of `build_phantom`.
     """
     folder = Path(folder).resolve()
     manifest = folder / "phantom.jsonl"
     note = folder / "phantom.json"
-    args = SimpleNamespace(studies=studies, size=size, seed=seed, normal_fraction=normal_fraction,
-                           duplicates=duplicates)
-    text = f"{folder} {args} {patient_hash(Path(__file__).read_text())}"
+    text = f"{folder} {settings} {patient_hash(Path(__file__).read_text())}"
     if not manifest.exists() or not note.exists() or note.read_text() != text:
-        folder.mkdir(parents=True, exist_ok=True)
         note.unlink(missing_ok=True)  # until all images are drawn anew
-        records = build_phantom(Download(folder), args)
-        write_manifest("phantom", records, folder, manifest)
+        write_manifest("phantom", folder, manifest, **settings)
         note.write_text(text)
     return manifest
 
 
-def build_phantom(official, args):
-    """Drawn chests with matching reports: the embedded default, no patient's data"""
-    right = args.studies >= 1 and 32 <= args.size <= 2048 and 0 <= args.normal_fraction <= 1
-    expect(right, "phantom", "at least 1 study, 32 to 2048 pixels, a normal fraction of 0 to 1")
-    (official.root / "images").mkdir(parents=True, exist_ok=True)
+def build_phantom(official, studies=3000, size=64, seed=0, normal_fraction=0.45, duplicates=0):
+    """Drawn chests with matching reports: the embedded default, no patient's data.
+
+    --normal-fraction of the --studies have one of Tab. 1's templates at that table's frequencies;
+    --duplicates are more normal training studies with one identical sentence (Tab. 3); --size is
+    the side in pixels, and another --seed another data set. ROOT is the folder to draw into.
+    """
+    for name in CONDITIONS[:-1]:
+        expect(name in PHRASES.keys() & DRAWINGS, __file__, f"rows for {name} in PHRASES, DRAWINGS")
+    os.makedirs(official.root / "images", exist_ok=True)
     share = np.array(list(NORMALS.values())) / sum(NORMALS.values())
-    for i in range(args.studies + args.duplicates):
-        rng = np.random.default_rng((args.seed, i))
+    for i in range(studies + duplicates):
+        rng = np.random.default_rng((seed, i))
         findings = {}
         patient = f"P{i * 2 // 3}"  # every second patient has two
-        split = split_of(f"{args.seed}/{patient}")
-        if i >= args.studies:
+        split = split_of(f"{seed}/{patient}")
+        if i >= studies:
             report = DUPLICATE
             patient = f"D{i}"
             split = "train"
-        elif rng.random() < args.normal_fraction:
+        elif rng.random() < normal_fraction:
             report = str(rng.choice(list(NORMALS), p=share))
         else:
             findings = _draw_findings(rng)
             report = _write_report(findings, rng)
         image = f"images/{i:06d}.png"
-        _draw_chest(findings, args.size, rng).save(official.root / image, compress_level=0)
+        _draw_chest(findings, size, rng).save(official.root / image, compress_level=0)
         targets = {name: int(name in findings) for name in CONDITIONS[:-1]}
         targets["No Finding"] = int(not findings.keys() - {"Support Devices"})
         yield study(f"{i:06d}", image, patient, split, report=report, targets=targets)
@@ -1014,11 +1430,11 @@ def _write_report(findings, rng):
     """A sentence for each finding and up to three for absent ones, in any order."""
     sentences = []
     for name, finding in findings.items():
-        phrase = _pick(lines(PHRASES[name]), rng).format(**vars(finding))
-        sentences.append(_pick(lines(FRAMES), rng).format(phrase))
+        phrase = _pick(PHRASES[name], rng).format(**vars(finding))
+        sentences.append(_pick(FRAMES, rng).format(phrase))
     absent = [names for names in ABSENT if findings.keys().isdisjoint(names.split(", "))]
     for names in rng.permutation(absent)[:rng.integers(4)]:
-        sentences.append(_pick(lines(ABSENT[names]), rng))
+        sentences.append(_pick(ABSENT[names], rng))
     return " ".join(text[0].upper() + text[1:] for text in rng.permutation(sentences))
 
 
@@ -1139,16 +1555,29 @@ def _draw_fracture(chest, lung, finding):
 
 
 def _draw_device(chest, lung, finding):
-    points = np.array(DEVICES[finding.device].split(), float)
+    points = np.array([point.split() for point in DEVICES[finding.device]], float)
     _draw_line(chest, chest.rng.normal(points, 0.02), 1)
 
 
-# ---------------------------------------------------------------- check, cache, sheet
+# By condition: what it adds to the picture. A new condition needs a row here.
+DRAWINGS = {
+    "Enlarged Cardiomediastinum": partial(_draw_organ, 0, -0.25, 0.18, 1.1, 0.20),
+    "Cardiomegaly": partial(_draw_organ, 0.14, 0.40, 0.30, 0.30, 0.24),
+    "Lung Opacity": partial(_draw_patches, 1, 0.50, 1.0),  # number, radius, softness
+    "Lung Lesion": partial(_draw_patches, 1, 0.15, 0.3),
+    "Edema": _draw_edema,
+    "Consolidation": partial(_draw_patches, 1, 0.38, 0.2),
+    "Pneumonia": partial(_draw_patches, 7, 0.18, 0.8),
+    "Atelectasis": _draw_atelectasis,
+    "Pneumothorax": partial(_draw_rim, 0.25, 0.09),
+    "Pleural Effusion": _draw_effusion,
+    "Pleural Other": partial(_draw_rim, 0.09, 0.62),
+    "Fracture": _draw_fracture,
+    "Support Devices": _draw_device,
+}
 
 
-def run_jobs(function, jobs, workers, title):
-    """function over jobs, in order, in so many processes, with a progress bar."""
-    yield from tqdm(parallel(function, jobs, workers), title, len(jobs), disable=None)
+# ---------------------------------------------------------------- check and cache
 
 
 def why_unreadable(path):
@@ -1157,20 +1586,27 @@ def why_unreadable(path):
         read_image(path)
     except UserError as error:
         return str(error).removeprefix(f"{path}: ")
-    return None
+
+
+def run_jobs(function, jobs, workers):
+    """function over jobs, in order, in so many processes, with a progress bar."""
+    yield from tqdm(parallel(function, jobs, workers), total=len(jobs), disable=None)
 
 
 def check_images(manifest, workers=0):
     """UserError with the line of the first image that cannot be read."""
     paths = [manifest.image_path(i) for i in range(len(manifest))]
-    for i, why in enumerate(run_jobs(why_unreadable, paths, workers, "images")):
+    for i, why in enumerate(run_jobs(why_unreadable, paths, workers)):
         if why:
             raise UserError(f"{manifest.where(i)}: {why}; python data.py check lists all such "
                             "lines")
 
 
-def check(path, image_root=None, workers=0):
-    """Validates all lines and images, prints counts and labels; exits with 1 if some are wrong"""
+def check(path, image_root="", workers=CPUS):
+    """Validates all lines and images, prints counts and labels; exits with 1 if some are wrong.
+
+    --image-root replaces every record's root; --workers are processes that read images, 0 for none.
+    """
     wrong = []
     images = {}  # of the lines that are right
     ids = set()
@@ -1188,257 +1624,77 @@ def check(path, image_root=None, workers=0):
                 wrong.append(str(error))
                 continue
             split = record.get("split", "no split")
-            ids.add(record["id"])
-            reports[record.get("report", "")] += 1
             counts[f"split: {split}"] += 1
             patients.add((patient_hash(patient_of(record)), split))
+            ids.add(record["id"])
+            reports[record.get("report", "")] += 1
             for field in VALUES:
                 for name, value in record.get(field, {}).items():
                     counts[f"{field}: {name} = {value}"] += 1
-    reasons = run_jobs(why_unreadable, list(images.values()), workers, "images")
+    reasons = run_jobs(why_unreadable, list(images.values()), workers)
     wrong += [f"{where}: {why}" for where, why in zip(images, reasons, strict=True) if why]
-    people = {patient for patient, _ in patients}
-    if len(people) < len(patients):
-        wrong.append(f"{path}: {len(patients) - len(people)} patients are in two splits")
-    for what, distinct in (("an id", ids), ("an image", set(images.values()))):
-        if len(distinct) < len(images):
-            wrong.append(f"{path}: {len(images) - len(distinct)} lines repeat {what}")
-    print(aligned({"studies": len(images), "patients": len(people),
-                   "distinct reports": len(reports), **dict(sorted(counts.items()))}))
+    people = len({patient for patient, _ in patients})
+    repeated = {"patients are in two splits": len(patients) - people,
+                "lines repeat an id": len(images) - len(ids),
+                "lines repeat an image": len(images) - len(set(images.values()))}
+    wrong += [f"{path}: {count} {what}" for what, count in repeated.items() if count]
+    print_counts({"studies": len(images), "patients": people, "distinct reports": len(reports)})
+    print_counts(dict(sorted(counts.items())))
     for text, count in reports.most_common(5):
         if text and count > 1:
-            print(f"  {count:>9,} x {text[:80]}")  # Tab. 1
-    return wrong
+            print(f"{count:>11,} x {text[:80]}")  # Tab. 1
+    for line in wrong:
+        print(f"wrong: {line}", file=sys.stderr)
+    if wrong:
+        sys.exit(1)
 
 
-def cache(path, out, size=256, crop=False, workers=0, image_root=None):
-    """Copies of all images, made smaller once, and a manifest of them; resumes"""
+def cache(path, out, size=256, workers=CPUS, image_root=""):
+    """Copies of all images, made smaller once, and a manifest of them; resumes.
+
+    --size is the shorter side in pixels; --image-root replaces every record's root; --workers are
+    processes that read images, 0 for none.
+    """
     manifest = Manifest(path, image_root=image_root)
-    target = Path(out) / Path(path).name
-    expect(target.resolve() != Path(path).resolve(), out, "another folder than the manifest's")
     folder = Path(out).resolve() / "images"
-    folder.mkdir(parents=True, exist_ok=True)
-    images = [manifest.image_path(i) for i in range(len(manifest))]
-    jobs = [(image, folder / copy_name(image, size, crop), size, crop) for image in images]
-    wrong = []
+    target = folder.parent / Path(path).name
+    expect(target != Path(path).resolve(), out, "another folder than the manifest's")
+    jobs = [(manifest.image_path(i), folder, size) for i in range(len(manifest))]
+    unreadable = 0
     with open_atomic(target) as file:
-        for i, why in enumerate(run_jobs(shrink, jobs, workers, "cache")):
+        for i, (copy, why) in enumerate(run_jobs(shrink, jobs, workers)):
             if why:
-                wrong.append(f"{manifest.where(i)}: {why}")
-            else:
-                record = manifest[i] | {"root": str(folder), "image": jobs[i][1].name}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        expect(len(wrong) < len(jobs), path, "images that can be read (is --image-root right?)")
+                print(f"wrong: {manifest.where(i)}: {why}", file=sys.stderr)
+                unreadable += 1
+                continue
+            record = manifest[i] | {"root": str(folder), "image": copy.name}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        expect(unreadable < len(jobs), path, "images that can be read (is --image-root right?)")
     print(target)
-    print(aligned({"studies": len(jobs) - len(wrong), "left out, unreadable": len(wrong)}))
-    return wrong
-
-
-def copy_name(image, *settings):
-    """The name of an image's copy, which changes with the image's path, size and time."""
-    key = [str(image), *settings]
-    if image.exists():
-        status = image.stat()
-        key += [status.st_size, status.st_mtime_ns]
-    return hashlib.sha256(str(key).encode()).hexdigest()[:24] + ".jpg"
+    print_counts({"studies": len(jobs) - unreadable, "left out, unreadable": unreadable})
 
 
 def shrink(job):
-    """Writes the smaller copy of an image, unless it is there -> why not, or None."""
-    image, target, size, crop = job
-    if target.exists() and why_unreadable(target) is None:
-        return None
+    """Writes the smaller copy of an image, unless it is there -> its path and, if not, why."""
+    image, folder, size = job
+    if not image.is_file():
+        return image, "expected a regular file"
+    key = str([str(image), size, image.stat().st_mtime_ns])  # a changed image has another name
+    copy = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.jpg"
+    if copy.exists():
+        return copy, None
     try:
-        large = read_image(image, at_least=None if crop else 2 * size)
+        large = read_image(image, at_least=2 * size)
     except UserError as error:
-        return str(error).removeprefix(f"{image}: ")
-    if crop:
-        large = crop_borders(large)
+        return copy, str(error).removeprefix(f"{image}: ")
     if min(large.size) > size:
         large = ImageOps.cover(large, (size, size), Image.Resampling.LANCZOS)
-    with open_atomic(target, "wb") as file:
+    with open_atomic(copy, "wb", sweep=False) as file:  # the folder may hold 400,000 others
         large.save(file, "JPEG", quality=95)
-    return None
+    return copy, None
 
 
-def draw_sheet(path, out):
-    """Twelve images of a manifest, evenly spread, with the names of their positive classes."""
-    manifest = Manifest(path)
-    side = 256
-    sheet = Image.new("L", (4 * side, 3 * side))
-    rows = np.unique(np.linspace(0, len(manifest) - 1, 12, dtype=int))
-    for k, i in enumerate(rows):
-        record = manifest[i]
-        tile = Image.new("L", (side, side))
-        with contextlib.suppress(UserError):  # one that cannot be read stays black
-            tile = read_image(manifest.image_path(i, record)).resize((side, side))
-        classes = record.get("targets", record.get("labels", {}))
-        text = "\n".join(name for name, value in classes.items() if value == 1)
-        ImageDraw.Draw(tile).text((4, 4), text, fill=255)
-        sheet.paste(tile, (k % 4 * side, k // 4 * side))
-    with open_atomic(out, "wb") as file:
-        sheet.save(file, "PNG")
-
-
-# ---------------------------------------------------------------- what all scripts share
-
-
-class UserError(ValueError):
-    """A bad file, row or flag: one line that names file and line and what was expected there."""
-
-
-def expect(condition, where, what):
-    """UserError("WHERE: expected WHAT") unless the condition holds."""
-    if not condition:
-        raise UserError(f"{where}: expected {what}")
-
-
-def texts_of(where, entry, *names):
-    """These fields of an object of JSON; UserError unless all are texts."""
-    whole = isinstance(entry, dict) and all(isinstance(entry.get(name), str) for name in names)
-    expect(whole, where, f"an object with {', '.join(names)} as texts")
-    return [entry[name] for name in names]
-
-
-def run_main(main):
-    """Run a script's main: a UserError is one line and exit status 2, a bug of ours a traceback."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # whoever read our output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def minimum(bound, kind=int, below=math.inf):
-    """An argparse type: a number of at least `bound`, finite and below `below`."""
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            value = kind(text)
-            if bound <= value < below:
-                return value
-        whole = " whole" if kind is int else ""
-        end = f" and below {below}" if below < math.inf else ""
-        raise argparse.ArgumentTypeError(
-            f"expected a{whole} number of at least {bound}{end}, got {text}")
-    return parse
-
-
-def open_file(path, mode="rb", **options):
-    """open() of a regular file that the user named; UserError if it is not there or none."""
-    expect(os.path.exists(path), path, "a file, found no such file")
-    expect(os.path.isfile(path), path, "a regular file")  # opening a pipe would wait for a writer
-    try:
-        return open(path, mode, **options)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-@contextlib.contextmanager
-def open_atomic(path, mode="w"):
-    """Open a temporary file beside path, renamed at the end: path is never half written.
-
-    A link is followed. UserError if path is a device, a pipe or a folder, has no folder, or if the
-    disk fails.
-    """
-    path = Path(os.path.realpath(path))
-    expect(path.is_file() or not path.exists(), path, "a regular file, or none, to write to")
-    expect(path.parent.is_dir(), path, "its folder to be there")
-    options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    temporary = f"{path.parent}/.{path.name}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, mode, **options) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.filename not in (None, temporary):  # another file's, inside the with block
-            raise
-        raise UserError(f"{path}: was not written ({error.strerror})") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def open_text(path, errors="strict"):
-    """A text file in UTF-8 that the user named, plain or gzipped, to read."""
-    open_file(path).close()
-    opener = gzip.open if Path(path).suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig", errors=errors, newline="")
-
-
-def numbered_lines(file):
-    """Yield (line number, offset, bytes) of an open file's lines that are not blank."""
-    offset = 0
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            yield number, offset, line
-        offset += len(line)
-
-
-def parse_line(where, line):
-    """One line of JSON Lines, bytes, as a dict; else UserError("WHERE: ...")."""
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-        if b"\\ud" in line.lower():  # an escaped half of a pair cannot be written or tokenised
-            json.dumps(record, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):  # whose message may show the report
-        record = None
-    expect(isinstance(record, dict), where, "one JSON object in UTF-8")
-    return record
-
-
-def read_jsonl(path):
-    """Yield (line number, dict) of JSON Lines, but blank ones; UserError names file and line."""
-    with open_file(path) as file:
-        for number, _, line in numbered_lines(file):
-            yield number, parse_line(f"{path}:{number}", line)
-
-
-def read_json(path, kind=object):
-    """One JSON document that is a list, a dict, ...; UserError if the file is not there or none."""
-    with open_file(path) as file:
-        try:
-            document = json.load(file)
-        except (ValueError, RecursionError):
-            raise UserError(f"{path}:1: expected one JSON document in UTF-8") from None
-    expect(isinstance(document, kind), path, f"a JSON document of kind {kind.__name__}")
-    return document
-
-
-def parallel(function, jobs, workers):
-    """function over jobs, in order, in so many processes; below 2: in this one."""
-    if workers < 2:
-        yield from map(function, jobs)
-        return
-    jobs = iter(jobs)
-    with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
-        try:
-            while batch := list(itertools.islice(jobs, 256 * workers)):  # memory stays flat
-                yield from pool.map(function, batch, chunksize=16)
-        except BrokenExecutor:
-            raise UserError("a reading process was killed; if memory is short, lower --workers"
-                            ) from None
-
-
-def start_worker():
-    """In a process of `parallel`: leave Ctrl-C to the main process, end when that was killed."""
-    def leave_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-
-
-def lines(text):
-    """The lines of a table below, without the blank around them."""
-    return [line.strip() for line in text.strip().splitlines()]
-
-
-# ---------------------------------------------------------------- tables
+# ---------------------------------------------------------------- flags and main
 
 BUILDERS = {
     "openi": build_openi,
@@ -1446,285 +1702,45 @@ BUILDERS = {
     "chexpert-plus": build_chexpert_plus,
     "chexpert5x200": build_chexpert5x200,
     "rsna": build_rsna,
-    "rsna-ab": build_rsna,
+    "rsna-ab": build_rsna_ab,
     "siim": build_siim,
     "vindr": build_vindr,
     "cxr14": build_cxr14,
     "cxr-align": build_cxr_align,
     "phantom": build_phantom,
 }
-DICOM = (".dcm", ".dicom")
-SUFFIXES = (".png", ".jpg", ".jpeg", *DICOM)
-
-CLASS_NAMES = {name.lower(): name for name in CONDITIONS} | {
-    "effusion": "Pleural Effusion", "normal": "No Finding",
-    "other diseases": "Other disease"}  # so in VinDr's train table
-MESH = """
-    Pulmonary Atelectasis: Atelectasis
-    Cardiomegaly: Cardiomegaly
-    Mass: Mass
-    Pleural Effusion: Pleural Effusion
-    Infiltrate: Infiltration
-    Nodule: Nodule
-    Pneumonia: Pneumonia
-    Pneumothorax: Pneumothorax
-    Consolidation: Consolidation
-    Pulmonary Edema: Edema
-    Emphysema: Emphysema
-    Pulmonary Emphysema: Emphysema
-    Bullous Emphysema: Emphysema
-    Pulmonary Fibrosis: Fibrosis
-    Fibrosis: Fibrosis
-    Thickening/pleura: Pleural Thickening
-    Hernia, Hiatal: Hernia
-    normal: No Finding"""
-RSNA = ("Normal", "Lung Opacity", "No Lung Opacity / Not Normal")
-CXR14 = lines("""
-    Atelectasis
-    Cardiomegaly
-    Effusion
-    Infiltration
-    Mass
-    Nodule
-    Pneumonia
-    Pneumothorax
-    Consolidation
-    Edema
-    Emphysema
-    Fibrosis
-    Pleural_Thickening
-    Hernia
-    No Finding""")
-
-NORMALS = {  # Tab. 1
-    "No acute cardiopulmonary process.": 15829,
-    "No acute intrathoracic process.": 4643,
-    "No acute cardiopulmonary abnormality.": 4488,
-    "No evidence of pneumonia.": 1014,
-    "No evidence of acute cardiopulmonary process.": 1255,
-}
-# DIFFERS from Sec. 5.5: a hospital's 130,000 normal studies become drawn ones, --duplicates.
-DUPLICATE = "No active lung lesion."  # Tab. 3: their one sentence
-SIDES = {"right": -1, "left": 1}  # the patient's: the sign of x
-ZONES = {"upper": -0.38, "mid": -0.02, "lower": 0.30}  # of a lung: y
-DRAWINGS = {
-    "Enlarged Cardiomediastinum": partial(_draw_organ, 0, -0.25, 0.18, 1.1, 0.20),
-    "Cardiomegaly": partial(_draw_organ, 0.14, 0.40, 0.30, 0.30, 0.24),
-    "Lung Opacity": partial(_draw_patches, 1, 0.50, 1.0),  # number, radius, softness
-    "Lung Lesion": partial(_draw_patches, 1, 0.15, 0.3),
-    "Edema": _draw_edema,
-    "Consolidation": partial(_draw_patches, 1, 0.38, 0.2),
-    "Pneumonia": partial(_draw_patches, 7, 0.18, 0.8),
-    "Atelectasis": _draw_atelectasis,
-    "Pneumothorax": partial(_draw_rim, 0.25, 0.09),
-    "Pleural Effusion": _draw_effusion,
-    "Pleural Other": partial(_draw_rim, 0.09, 0.62),
-    "Fracture": _draw_fracture,
-    "Support Devices": _draw_device,
-}
-PHRASES = {
-    "Enlarged Cardiomediastinum": """
-        {severity} widening of the mediastinum
-        {severity} mediastinal widening""",
-    "Cardiomegaly": """
-        {severity} cardiomegaly
-        {severity} enlargement of the heart
-        {severity} cardiac enlargement""",
-    "Lung Opacity": """
-        {severity} hazy opacity in the {side} {zone} lung
-        ill-defined {side} {zone} lung opacity""",
-    "Lung Lesion": """
-        {severity} {side} {zone} lung nodule
-        {severity} rounded nodule in the {side} {zone} lung
-        {side} {zone} lung mass""",
-    "Edema": """
-        {severity} pulmonary edema
-        {severity} interstitial edema""",
-    "Consolidation": """
-        {severity} consolidation in the {side} {zone} lung
-        {severity} focal {side} {zone} lobe consolidation""",
-    "Pneumonia": """
-        {side} {zone} lobe pneumonia
-        {severity} pneumonia in the {side} {zone} lung""",
-    "Atelectasis": """
-        {severity} {side} basilar atelectasis
-        {severity} atelectasis at the {side} base
-        {side} atelectasis""",
-    "Pneumothorax": """
-        {severity} {side} pneumothorax
-        {side} pneumothorax""",
-    "Pleural Effusion": """
-        {severity} {side} pleural effusion
-        {severity} effusion on the {side}""",
-    "Pleural Other": """
-        {severity} {side} pleural thickening
-        {side} lateral pleural thickening""",
-    "Fracture": """
-        {side} rib fracture
-        {severity} displaced {side} rib fracture
-        fracture of several {side} ribs""",
-    "Support Devices": """
-        {device}
-        {device} in place
-        {device} in standard position""",
-}
-SEVERITY = {  # amount of a finding
-    "minimal": 0.3,
-    "mild": 0.4,
-    "slight": 0.4,
-    "moderate": 0.6,
-    "severe": 0.8,
-    "marked": 0.8,
-    "extensive": 0.9,
-}
-FRAMES = """
-    there is {}.
-    {}.
-    {} is present.
-    {} is noted.
-    {} is seen.
-    findings show {}.
-    stable {}.
-    {}, unchanged from the prior study.
-    compared to the prior study, there is {}.
-    unchanged {}.
-    {} is again seen.
-    no significant change in {}.
-    new {} since the prior radiograph."""
-ABSENT = {  # by the conditions that a sentence denies, in the words of negations.py's denials
-    "Cardiomegaly": """
-        the heart is normal in size.
-        heart size is normal.
-        the heart is not enlarged.
-        no cardiac enlargement.""",
-    "Enlarged Cardiomediastinum": """
-        normal mediastinal contours.
-        the mediastinum is not widened.""",
-    "Pleural Effusion": """
-        no pleural effusion.
-        no pleural fluid.
-        there is no pleural effusion on either side.""",
-    "Pneumothorax": """
-        no pneumothorax.
-        there is no evidence of pneumothorax.
-        no pneumothorax seen.""",
-    "Consolidation": """
-        no focal consolidation.
-        there is no consolidation.""",
-    "Edema": """
-        no pulmonary edema.
-        no edema in the lungs.
-        there is no evidence of edema.""",
-    "Fracture": """
-        no fracture.
-        no bony fracture.
-        no osseous fracture.""",
-    "Pneumonia": """
-        no evidence of pneumonia.
-        no pneumonia.""",
-    "Atelectasis": "no atelectasis.",
-    "Lung Lesion": """
-        no nodule or mass.
-        no nodules or masses.
-        no lung nodule or mass.""",
-    "Lung Opacity": """
-        no pulmonary opacity.
-        no airspace opacity.
-        no lung infiltrate.""",
-    "Pleural Other": "no pleural thickening.",
-    "Support Devices": """
-        no catheter, tube or device.
-        no line, tube or device.""",
-    "Pleural Effusion, Pneumothorax": "no pleural effusion or pneumothorax.",
-    "Consolidation, Edema, Pleural Effusion":
-        "no focal consolidation, pulmonary edema or pleural effusion.",
-    "Atelectasis, Pneumonia, Pneumothorax": "no atelectasis, pneumonia or pneumothorax.",
-}
-DEVICES = {  # the points of a line, x and y
-    "left chest pacemaker": """
-        0.62 -0.62
-        0.48 -0.62
-        0.48 -0.48
-        0.62 -0.48
-        0.62 -0.62
-        0.20 -0.42
-        0.02 -0.10
-        0.00 0.30
-        0.22 0.50""",
-    "right internal jugular catheter": """
-        -0.22 -0.98
-        -0.15 -0.60
-        -0.10 -0.20
-        -0.08 0.10""",
-    "endotracheal tube": """
-        0.01 -1
-        0.00 -0.60
-        0.02 -0.28""",
-    "nasogastric tube": """
-        0.02 -1
-        0.03 0.20
-        0.10 0.62
-        0.30 0.72""",
-}
-
-
-# ---------------------------------------------------------------- flags and main
+COMMANDS = {"check": check, "cache": cache}
 
 
 def parse_args(argv=None):
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=style)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="SET|check|cache")
-    for name, run in (BUILDERS | {"check": check, "cache": cache}).items():
-        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__,
-                                      formatter_class=style)
-        add = command.add_argument
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, run in (BUILDERS | COMMANDS).items():
+        add = commands.add_parser(name, help=run.__doc__.splitlines()[0], description=run.__doc__,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter
+                                  ).add_argument
+        add("path", help="folder of the official download (phantom: to draw into); the manifest")
+        if name != "check":
+            add("--out", required=True, help="manifest to write (JSON Lines); cache: a folder")
         if name in BUILDERS:
-            add("root", help="folder of the official download (phantom: to draw into)")
-            add("--out", required=True, help="manifest to write (JSON Lines)")
             add("--keep-missing", action="store_true", help="keep studies whose image is not there")
-            add("--sheet", metavar="F.png", help="also draw twelve of the images")
-        else:
-            add("manifest", help="JSON Lines of any of the sets")
-            add("--image-root", help="replaces every record's root")
-            add("--workers", type=minimum(0), default=os.cpu_count() or 1,
-                help="processes that read images; 0 for none")
-        if name == "cxr14":
-            add("--probmed", metavar="test.json", help="its images and pairs only")
-        if name == "phantom":
-            add("--studies", type=minimum(1), default=3000, help="number of studies")
-            add("--size", type=minimum(32), default=64, help="side in pixels")
-            add("--seed", type=minimum(0), default=0, help="another seed is another data set")
-            add("--normal-fraction", type=minimum(0, float), default=0.45,
-                help="share of normal studies, with one of Tab. 1's templates")
-            add("--duplicates", type=minimum(0), default=0,
-                help="normal training studies to add, all with one sentence (Tab. 3)")
-        if name == "cache":
-            add("--out", required=True, help="folder to write into; resumes")
-            add("--size", type=minimum(1), default=256, help="shorter side in pixels")
-            add("--crop-borders", action="store_true", help="cut black borders away (App. B.1)")
+        for flag, parameter in inspect.signature(run).parameters.items():
+            kind = type(parameter.default)  # that of a class where there is none
+            if kind is not type:
+                add(f"--{flag.replace('_', '-')}", type=minimum(0) if kind is int else kind,
+                    default=parameter.default, help="see above")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    wrong = []
-    if args.command == "check":
-        wrong = check(args.manifest, args.image_root, args.workers)
-    elif args.command == "cache":
-        wrong = cache(args.manifest, args.out, args.size, args.crop_borders, args.workers,
-                      args.image_root)
+    options = vars(parse_args(argv))
+    name = options.pop("command")
+    if name in BUILDERS:
+        counts = write_manifest(name, options.pop("path"), **options)
+        print(options["out"])
+        print_counts(counts)
     else:
-        records = BUILDERS[args.command](Download(args.root), args)
-        counts = write_manifest(args.command, records, args.root, args.out, args.keep_missing)
-        print(args.out)
-        print(counts)
-        if args.sheet:
-            draw_sheet(args.out, args.sheet)
-    for line in wrong:
-        print(f"wrong: {line}", file=sys.stderr)
-    if wrong and args.command == "check":
-        sys.exit(1)
+        COMMANDS[name](**options)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from typing import NamedTuple
 from data import (
     CONDITIONS,
     UserError,
-    check_fields,
     check_graph,
+    check_record,
     expect,
     minimum,
     open_atomic,
@@ -812,7 +812,7 @@ def read_jobs(manifest, labeler, graphs):
     """
     for number, record in read_jsonl(manifest):
         where, labels = f"{manifest}:{number}", None
-        check_fields(where, record, {"id", "report"})
+        check_record(where, record, ("id", "report"))
         expect(not record["id"].startswith("cxr-align/"), where,
                "another set than CXR-Align, whose own r^r and r^n would be overwritten; "
                "evaluate.py takes the file as it is")

@@ -48,12 +48,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (
-    GlobalBatches,
     Manifest,
     Studies,
     UserError,
     check_images,
     expect,
+    global_batches,
     make_phantom,
     minimum,
     open_atomic,
@@ -415,8 +415,8 @@ def read_batches(studies, args, step, rank, world):
     def keys():
         first, skipped = divmod(step, len(studies) // args.batch_size)
         for epoch in range(first, args.epochs):
-            for rows in GlobalBatches(len(studies), args.batch_size, args.seed, epoch, rank, world,
-                                      skipped):
+            for rows in global_batches(len(studies), args.batch_size, args.seed, epoch, rank, world,
+                                       skipped):
                 yield from np.array_split(rows, args.accumulate)
             skipped = 0
 
@@ -503,7 +503,6 @@ def start_record(args, folder, clip, studies, val_rows):
     """After a look at the images: config.json, the tokenizer and a line of the log."""
     studies[0, 0]  # in case the image root is wrong
     check_images(val_rows, args.workers)
-    folder.mkdir(parents=True, exist_ok=True)
     with open_atomic(folder / "config.json") as file:
         json.dump({"flags": vars(args), "world": WORLD, **provenance()}, file, indent=1)
     clip.save_tokenizer(folder / "tokenizer")

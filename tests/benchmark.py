@@ -38,10 +38,10 @@ import evaluate  # noqa: E402
 import gcn  # noqa: E402
 import train  # noqa: E402
 from data import (  # noqa: E402
-    GlobalBatches,
     Manifest,
     Studies,
     cache,
+    global_batches,
     make_phantom,
     pixels,
     read_image,
@@ -294,7 +294,7 @@ def manifest_memory(path):
     before = shared_memory_mb()
     large = Manifest(path, "train")
     studies = Studies(large, image_size=64, tokenize=no_tokens, negatives=True, graphs=True)
-    batches = iter(DataLoader(studies, batch_sampler=GlobalBatches(len(studies), 128, 0, 0),
+    batches = iter(DataLoader(studies, batch_sampler=global_batches(len(studies), 128, 0, 0),
                               num_workers=4, collate_fn=studies.collate,
                               worker_init_fn=freeze, multiprocessing_context="fork"))
     for _ in range(200):
@@ -371,7 +371,7 @@ def bare_step_seconds(path, steps, skip, encoders=("tiny", "tiny"), size=64, bat
     optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=device == "cuda")
     studies = Studies(Manifest(path, "train"), image_size=size, tokenize=clip.tokenize,
                       negatives=True, graphs=True)
-    keys = itertools.islice(GlobalBatches(len(studies), batch_size, 0, 0), 12)
+    keys = itertools.islice(global_batches(len(studies), batch_size, 0, 0), 12)
     batches = [to_device(studies.collate([studies[key] for key in rows]), device) for rows in keys]
     times = []
     for batch in itertools.islice(itertools.cycle(batches), steps):

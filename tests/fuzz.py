@@ -207,7 +207,7 @@ def json_lines(records):
 def columns(manifest):
     """What a manifest says of its rows, to compare."""
     rows = range(len(manifest))
-    return [[manifest[i] for i in rows], [manifest.line(i) for i in rows],
+    return [[manifest[i] for i in rows], [manifest.where(i) for i in rows],
             *(np.asarray(getattr(manifest, name)).tolist() for name in (
                 "patients", "positives", "negatives", "labelled", "with_graphs"))]
 

@@ -3,6 +3,8 @@
 SPDX-License-Identifier: MIT
 """
 
+import csv
+import errno
 import gzip
 import io
 import json
@@ -19,33 +21,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import data
-from data import (
-    CONDITIONS,
-    GlobalBatches,
-    Manifest,
-    Studies,
-    UserError,
-    label_vector,
-    main,
-    open_atomic,
-    pixels,
-    read_image,
-    split_of,
-)
+from data import CONDITIONS, Manifest, Studies, UserError, global_batches, main, pixels, read_image
 from negations import label_report, positives
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not there")
 CLASSES = ",".join(("No Finding", *CONDITIONS[:-1]))  # CheXpert's tables put No Finding first
 GRAPH = {
-    "text": "no edema",
-    "entities": {
-        "1": {"tokens": "edema", "label": "OBS-DA", "start_ix": 1, "end_ix": 1, "relations": []}
-    },
-}
+    "text": "no edema", "entities": {"1": {"tokens": "edema", "label": "OBS-DA", "relations": []}}}
 
 
 # ---------------------------------------------------------------- layouts in miniature
@@ -64,133 +50,92 @@ def write(path, text, encoding="utf-8"):
 
 
 def openi_xml(root):
-    report = (
-        '<?xml version="1.0"?><eCitation><uId id="CXR{0}"/><Abstract>'
-        '<AbstractText Label="FINDINGS">{1}</AbstractText>'
-        '<AbstractText Label="IMPRESSION">{2}</AbstractText></Abstract>'
-        "<MeSH><major>{3}</major><automatic>pneumonia</automatic></MeSH>{4}</eCitation>"
-    )
+    report = ('<?xml version="1.0"?><eCitation><uId id="CXR{0}"/><Abstract>'
+              '<AbstractText Label="FINDINGS">{1}</AbstractText>'
+              '<AbstractText Label="IMPRESSION">{2}</AbstractText></Abstract>'
+              "<MeSH><major>{3}</major><automatic>pneumonia</automatic></MeSH>{4}</eCitation>")
     image = '<parentImage id="CXR{0}_IM-000{0}-1001"/><parentImage id="CXR{0}_IM-000{0}-2001"/>'
     for number, findings, impression, mesh, images in (
-        (1, "Heart normal.", "Normal chest.", "normal", image),
-        (2, "Wide heart.", "", "Cardiomegaly/mild", image),
-        (3, "", "", "normal", image),
-        (4, "Clear.", "Clear.", "normal", ""),
-        (5, "Clear.", "", "No Indexing", image),
-    ):
-        write(
-            root / f"ecgen-radiology/{number}.xml",
-            report.format(number, findings, impression, mesh, images.format(number)),
-        )
+            (1, "Heart normal.", "Normal chest.", "normal", image),
+            (2, "Wide heart.", "", "Cardiomegaly/mild", image),
+            (3, "", "", "normal", image),
+            (4, "Clear.", "Clear.", "normal", ""),
+            (5, "Clear.", "", "No Indexing", image)):
+        text = report.format(number, findings, impression, mesh, images.format(number))
+        write(root / f"ecgen-radiology/{number}.xml", text)
     write(root / "png/CXR1_IM-0001-1001.png", None)
     write(root / "png/CXR2_IM-0002-1001.png", None)
     return root
 
 
 def openi_kaggle(root):
-    write(
-        root / "indiana_reports.csv",
-        "\ufeffuid,MeSH,findings,impression\r\n"
-        "1,normal,Clear lungs.,\r\n"
-        '2,Cardiomegaly/borderline;Thickening/pleura,"Heart, large.\nWide.",Big heart.\r\n'
-        "3,Thickening/lung,,\r\n",
-    )
-    write(
-        root / "indiana_projections.csv",
-        "uid,filename,projection\r\n1,1_IM-1.dcm.png,Frontal\r\n"
-        "1,1_IM-2.dcm.png,Lateral\r\n2,2_IM-3.dcm.png,Frontal\r\n2,2_IM-4.dcm.png,Frontal\r\n3,3.png,Frontal\r\n",
-    )
+    write(root / "indiana_reports.csv",
+          "\ufeffuid,MeSH,findings,impression\r\n"
+          "1,normal,Clear lungs.,\r\n"
+          '2,Cardiomegaly/borderline;Thickening/pleura,"Heart, large.\nWide.",Big heart.\r\n'
+          "3,Thickening/lung,,\r\n")
+    write(root / "indiana_projections.csv",
+          "uid,filename,projection\r\n1,1_IM-1.dcm.png,Frontal\r\n1,1_IM-2.dcm.png,Lateral\r\n"
+          "2,2_IM-3.dcm.png,Frontal\r\n2,2_IM-4.dcm.png,Frontal\r\n3,3.png,Frontal\r\n")
     for name in ("1_IM-1", "2_IM-3", "2_IM-4"):
         write(root / f"images/images_normalized/{name}.dcm.png", None)
     return root
 
 
 def mimic(root):
-    rows = [
-        ("a1", "10000032", "50414267", "PA", "train"),
-        ("a2", "10000032", "50414267", "LATERAL", "train"),
-        ("b1", "11000001", "50000002", "AP", "validate"),
-        ("c1", "12000001", "50000003", "PA", "test"),
-        ("d1", "12000001", "50000004", "AP", "test"),
-    ]
-    write(
-        root / "mimic-cxr-2.0.0-metadata.csv.gz",
-        "dicom_id,subject_id,study_id,ViewPosition\n"
-        + "\n".join(",".join(row[:4]) for row in rows),
-    )
-    write(
-        root / "mimic-cxr-2.0.0-split.csv.gz",
-        "dicom_id,study_id,subject_id,split\n"
-        + "\n".join(f"{d},{s},{p},{split}" for d, p, s, _, split in rows),
-    )
-    write(
-        root / "mimic-cxr-2.0.0-chexpert.csv",
-        "subject_id,study_id,Cardiomegaly,Edema,"
-        + ",".join(c for c in CONDITIONS if c not in ("Cardiomegaly", "Edema"))
-        + "\n10000032,50414267,1.0,-1.0"
-        + "," * 12,
-    )
+    rows = [("a1", "10000032", "50414267", "PA", "train"),
+            ("a2", "10000032", "50414267", "LATERAL", "train"),
+            ("b1", "11000001", "50000002", "AP", "validate"),
+            ("c1", "12000001", "50000003", "PA", "test"),
+            ("d1", "12000001", "50000004", "AP", "test")]
+    write(root / "mimic-cxr-2.0.0-metadata.csv.gz",
+          "dicom_id,subject_id,study_id,ViewPosition\n"
+          + "\n".join(",".join(row[:4]) for row in rows))
+    write(root / "mimic-cxr-2.0.0-split.csv.gz",
+          "dicom_id,study_id,subject_id,split\n"
+          + "\n".join(f"{d},{s},{p},{split}" for d, p, s, _, split in rows))
+    others = ",".join(c for c in CONDITIONS if c not in ("Cardiomegaly", "Edema"))
+    write(root / "mimic-cxr-2.0.0-chexpert.csv",
+          f"subject_id,study_id,Cardiomegaly,Edema,{others}\n10000032,50414267,1.0,-1.0"
+          + "," * others.count(",") + ",")
     head = "                                 FINAL REPORT\n EXAMINATION:  CHEST (PA AND LAT)\n\n"
-    for study, text in (
-        (
-            "p10/p10000032/s50414267",
-            " FINDINGS: \n \n The heart is\n large.\n \n IMPRESSION: \n \n Big heart.\n",
-        ),
-        ("p11/p11000001/s50000002", " IMPRESSION:  No acute process.\n\n NOTIFICATION:  Dr. ___\n"),
-        ("p12/p12000001/s50000003", " COMPARISON: none.\n\n Only a paragraph.\n"),
-    ):
-        write(root / f"mimic-cxr-reports/files/{study}.txt", head + text)
+    for name, text in (
+            ("p10/p10000032/s50414267",
+             " FINDINGS: \n \n The heart is\n large.\n \n IMPRESSION: \n \n Big heart.\n"),
+            ("p11/p11000001/s50000002",
+             " IMPRESSION:  No acute process.\n\n NOTIFICATION:  Dr. ___\n"),
+            ("p12/p12000001/s50000003", " COMPARISON: none.\n\n Only a paragraph.\n")):
+        write(root / f"mimic-cxr-reports/files/{name}.txt", head + text)
     for dicom, subject, study, _, _ in rows:
         write(root / f"files/p{subject[:2]}/p{subject}/s{study}/{dicom}.jpg", None)
     return root
 
 
 def chexpert_plus(root):
-    write(
-        root / "df_chexpert_plus_240401.csv",
-        "path_to_image,frontal_lateral,deid_patient_id,section_findings,section_impression,split\n"
-        "train/patient1/study1/view1_frontal.jpg,Frontal,patient1,Edema,Large heart.,train\n"
-        "train/patient1/study1/view2_lateral.jpg,Lateral,patient1,No edema.,Large heart.,train\n"
-        "train/patient2/study1/view1_frontal.jpg,Frontal,patient2,No edema.,No effusion.,train\n"
-        "valid/patient3/study1/view1_frontal.jpg,Frontal,patient3,,,valid\n"
-        "valid/patient4/study1/view1_frontal.jpg,Frontal,patient4,,Fine lungs.,valid\n",
-    )
-    graphs = {"findings": [2, 3], "impression": [1, 2, 3, 5]}
-    for part, numbers in graphs.items():
-        records = [
-            {"0": json.loads(json.dumps(GRAPH).replace("edema", f"{part}{n}"))} for n in numbers
-        ]
-        write(root / f"radgraph-XL-annotations/section_{part}.json", json.dumps(records))
+    write(root / "df_chexpert_plus_240401.csv",
+          "path_to_image,frontal_lateral,deid_patient_id,section_findings,section_impression,split\n"
+          "train/patient1/study1/view1_frontal.jpg,Frontal,patient1,Edema,Large heart.,train\n"
+          "train/patient1/study1/view2_lateral.jpg,Lateral,patient1,No edema.,Large heart.,train\n"
+          "train/patient2/study1/view1_frontal.jpg,Frontal,patient2,No edema.,No effusion.,train\n"
+          "valid/patient3/study1/view1_frontal.jpg,Frontal,patient3,,,valid\n"
+          "valid/patient4/study1/view1_frontal.jpg,Frontal,patient4,,Fine lungs.,valid\n")
     first = {"path_to_image": "train/patient1/study1/view1_frontal.jpg"}
-    write(
-        root / "chexbert_labels/findings_fixed.json",
-        json.dumps(first | {"Edema": 1.0, "Pneumonia": None, "Cardiomegaly": 0.0}) + "\n",
-    )
-    write(
-        root / "chexbert_labels/impression_fixed.json",
-        json.dumps(first | {"Cardiomegaly": -1.0, "Edema": 0.0, "No Finding": 1.0}) + "\n",
-    )
-    for name in (
-        "train/patient1/study1/view1_frontal",
-        "train/patient2/study1/view1_frontal",
-        "valid/patient4/study1/view1_frontal",
-    ):
-        write(root / f"PNG/{name}.png", None)
+    for part, labels in {
+            "findings": {"Edema": 1.0, "Pneumonia": None, "Cardiomegaly": 0.0},
+            "impression": {"Cardiomegaly": -1.0, "Edema": 0.0, "No Finding": 1.0}}.items():
+        write(root / f"chexbert_labels/{part}_fixed.json", json.dumps(first | labels) + "\n")
+    for name in ("train/patient1", "train/patient2", "valid/patient4"):
+        write(root / f"PNG/{name}/study1/view1_frontal.png", None)
     return root
 
 
 def rsna(root, count=20):
-    rows = [f"p{k:02d},{'1,2,3,4,1' if k % 4 == 0 else ',,,,0'}" for k in range(count)] + [
-        "p00,5,6,7,8,1"
-    ]
-    write(
-        root / "stage_2_train_labels.csv", "patientId,x,y,width,height,Target\n" + "\n".join(rows)
-    )
-    names = {0: "Lung Opacity", 1: "Normal", 2: "No Lung Opacity / Not Normal", 3: "Normal"}
-    write(
-        root / "stage_2_detailed_class_info.csv",
-        "patientId,class\n" + "\n".join(f"p{k:02d},{names[k % 4]}" for k in [*range(count), 0]),
-    )
+    rows = [f"p{k:02d},{'1,2,3,4,1' if k % 4 == 0 else ',,,,0'}" for k in range(count)]
+    write(root / "stage_2_train_labels.csv",
+          "\n".join(["patientId,x,y,width,height,Target", *rows, "p00,5,6,7,8,1"]))
+    names = ("Lung Opacity", "Normal", "No Lung Opacity / Not Normal", "Normal")
+    write(root / "stage_2_detailed_class_info.csv",
+          "patientId,class\n" + "\n".join(f"p{k:02d},{names[k % 4]}" for k in [*range(count), 0]))
     for k in range(count):
         write(root / f"stage_2_train_images/p{k:02d}.png", None)
     return root
@@ -207,40 +152,25 @@ def siim(root):
 
 def vindr(root):
     header = "image_id,rad_ID,Other diseases,Pleural effusion,No finding\n"
-    rows = [
-        f"t{k},R{r},{int(k == 1 and r == 2)},0,{int(k != 1 or r != 2)}"
-        for k in range(10)
-        for r in range(3)
-    ]
+    rows = [f"t{k},R{r},{int(k == 1 and r == 2)},0,{int(k != 1 or r != 2)}"
+            for k in range(10) for r in range(3)]
     write(root / "annotations/image_labels_train.csv", header + "\n".join(rows))
-    write(
-        root / "annotations/image_labels_test.csv",
-        header.replace("rad_ID,", "").replace("diseases", "disease") + "e1,0,1,0\ne2,0,0,1",
-    )
+    header = header.replace("rad_ID,", "").replace("diseases", "disease")
+    write(root / "annotations/image_labels_test.csv", header + "e1,0,1,0\ne2,0,0,1")
     for name in [f"train/t{k}" for k in range(10)] + ["test/e1", "test/e2"]:
         write(root / f"{name}.png", None)
     return root
 
 
-def cxr14(root, lists=True):
-    header = (
-        "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,"
-        "View Position,"
-        "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]\n"
-    )
+def cxr14(root):
     names = [f"0000000{p}_00{k}.png" for p in range(1, 7) for k in range(2)]
-    write(
-        root / "Data_Entry_2017_v2020.csv",
-        header
-        + "\n".join(
-            f"{name},{'Effusion|Pleural_Thickening' if name[7] == '1' else 'No Finding'},0,"
-            f"{int(name[7])},50,M,PA,2682,2749,0.143,0.143"
-            for name in names
-        ),
-    )
-    if lists:
-        write(root / "train_val_list.txt", "\n".join(names[:8]))
-        write(root / "test_list.txt", "\n".join(names[8:]) + "\n")
+    text = ("Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,"
+            "View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]\n")
+    for name in names:
+        classes = "Effusion|Pleural_Thickening" if name[7] == "1" else "No Finding"
+        text += f"{name},{classes},0,{int(name[7])},50,M,PA,2682,2749,0.143,0.143\n"
+    write(root / "Data_Entry_2017_v2020.csv", text)
+    write(root / "test_list.txt", "\n".join(names[8:]) + "\n")
     for k, name in enumerate(names):
         write(root / f"images_{k % 2 + 1:03d}/images/{name}", None)
     return root
@@ -248,44 +178,28 @@ def cxr14(root, lists=True):
 
 def chexpert5x200(root):
     names = "Atelectasis,Cardiomegaly,Consolidation,Edema,Pleural Effusion"
-    write(
-        root / "chexpert_5x200.csv",
-        f",Path,{names},Report Impression\n"
-        "0,CheXpert-v1.0/train/patient1/study2/view1_frontal.jpg,1.0,0.0,0.0,0.0,0.0,"
-        '"1. Band\natelectasis"\n'
-        "1,CheXpert-v1.0/train/patient1/study2/view2_frontal.jpg,,1.0,None,-1,0,Big heart\n",
-    )
+    write(root / "chexpert_5x200.csv",
+          f",Path,{names},Report Impression\n"
+          "0,CheXpert-v1.0/train/patient1/study2/view1_frontal.jpg,1.0,0.0,0.0,0.0,0.0,"
+          '"1. Band\natelectasis"\n'
+          "1,CheXpert-v1.0/train/patient1/study2/view2_frontal.jpg,,1.0,None,-1,0,Big heart\n")
     for k in (1, 2):
         write(root / f"train/patient1/study2/view{k}_frontal.jpg", None)
     return root
 
 
 def cxr_align(root):
-    item = {
-        "chosen": "pleural effusion",
-        "report": "Left effusion. Big heart.",
-        "omitted": "Big heart.",
-        "negation": "Big heart. No effusion.",
-        "location": "end",
-    }
+    item = {"chosen": "pleural effusion", "report": "Left effusion. Big heart.",
+            "omitted": "Big heart.", "negation": "Big heart. No effusion.", "location": "end"}
     write(root / "cxr-align.json", json.dumps({"mimic": {"abc-1": item, "abc-2": item}}))
     for name in ("files/p10/p10000032/s50414267/abc-1.jpg", "images/abc-2.jpg"):
         write(root / name, None)
     return root
 
 
-LAYOUTS = {
-    "openi": openi_kaggle,
-    "mimic": mimic,
-    "chexpert-plus": chexpert_plus,
-    "rsna": rsna,
-    "rsna-ab": rsna,
-    "siim": siim,
-    "vindr": vindr,
-    "cxr14": cxr14,
-    "chexpert5x200": chexpert5x200,
-    "cxr-align": cxr_align,
-}
+LAYOUTS = {"openi": openi_kaggle, "mimic": mimic, "chexpert-plus": chexpert_plus, "rsna": rsna,
+           "rsna-ab": rsna, "siim": siim, "vindr": vindr, "cxr14": cxr14,
+           "chexpert5x200": chexpert5x200, "cxr-align": cxr_align}
 
 
 def build(tmp_path, name, layout=None, *flags):
@@ -300,11 +214,11 @@ def build(tmp_path, name, layout=None, *flags):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_set_builds_a_manifest_that_check_accepts(tmp_path, name, capsys):
     rows = build(tmp_path, name)
+    capsys.readouterr()
     main(["check", str(tmp_path / "x.jsonl")])  # exits 1 if something is wrong
-    assert f"studies {len(rows):>10,}".split() == capsys.readouterr().out.split("\n")[1].split()[:2]
-    assert all(
-        row["split"] in data.SPLITS and Path(row["root"]).is_absolute() for row in rows.values()
-    )
+    assert [f"{len(rows):,}", "studies"] == capsys.readouterr().out.split()[:2]
+    for row in rows.values():
+        assert row["split"] in data.SPLITS and Path(row["root"]).is_absolute()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -322,7 +236,8 @@ def test_builders_open_no_image_and_count_the_missing(tmp_path, name, monkeypatc
         main([name, str(root), "--out", str(out)])
     assert len(out.read_text().splitlines()) == kept  # the good file was not touched
     main([name, str(root), "--out", str(out), "--keep-missing"])
-    assert len(out.read_text().splitlines()) == kept and "(kept)" in capsys.readouterr().out
+    assert len(out.read_text().splitlines()) == kept
+    assert "image not there" in capsys.readouterr().out
 
 
 def test_openi_xml_takes_the_first_image_and_says_what_it_skips(tmp_path, capsys):
@@ -336,10 +251,9 @@ def test_openi_xml_takes_the_first_image_and_says_what_it_skips(tmp_path, capsys
     assert rows["openi/2"]["targets"]["Cardiomegaly"] == 1
     assert rows["openi/2"]["targets"]["Pneumonia"] == 0  # only the automatic tag said so
     assert "targets" not in rows["openi/5"]
-    said = capsys.readouterr().out
-    assert (
-        "neither findings nor impression          1" in said and "no frontal image listed" in said
-    )
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 skipped: neither findings nor impression" in said
+    assert "1 skipped: no frontal image listed" in said
 
 
 def test_openi_kaggle_and_xml_name_one_image_alike(tmp_path):
@@ -347,28 +261,23 @@ def test_openi_kaggle_and_xml_name_one_image_alike(tmp_path):
     assert list(rows) == ["openi/1", "openi/2", "openi/2/2_IM-4"]
     assert rows["openi/2"]["report"] == "Heart, large. Wide. Big heart."
     targets = rows["openi/2"]["targets"]
-    assert targets["Pleural Thickening"] == targets["Cardiomegaly"] == 1 and set(
-        targets.values()
-    ) == {0, 1}
+    assert targets["Pleural Thickening"] == targets["Cardiomegaly"] == 1
+    assert set(targets.values()) == {0, 1}
     assert data.stem("CXR1_1_IM-0001-3001.png") == data.stem("images/1_IM-0001-3001.dcm.png")
     assert data.stem("CXR2_IM-0652-1001") == "2_IM-0652-1001" != data.stem("CXR22_IM-0652-1001")
 
 
-@pytest.mark.parametrize(
-    "text, why",
-    [
-        (b'<!DOCTYPE a [<!ENTITY x "y">]><a>&x;</a>', "DOCTYPE"),
-        ('<!DOCTYPE a [<!ENTITY x "y">]><a>&x;</a>'.encode("utf-16"), "UTF-8"),
-        (b"<a>" + b" " * data.MAX_XML_BYTES, "bytes"),
-        (b"<a><b></a>", "well-formed"),
-        (b"<a>\xff</a>", "UTF-8"),
-    ],
-)
-def test_hostile_xml_is_refused_by_name(tmp_path, text, why):
-    with pytest.raises(UserError, match=f"r.xml: expected.*{why}"):
-        data.parse_xml(write(tmp_path / "r.xml", text))
-    tree = data.parse_xml(write(tmp_path / "r.xml", b"<?xml version='1.0'?><a><b>x</b></a>"))
-    assert tree.find("b").text == "x"
+def test_damaged_xml_is_named_and_text_behind_an_inline_tag_is_kept(tmp_path):
+    xml = ('<e><AbstractText Label="FINDINGS">Heart <b>very</b> wide.</AbstractText>'
+           "<MeSH><major>Cardio<i>megaly</i>/mild</major></MeSH></e>")
+    write(tmp_path / "r.xml", xml)
+    (_, _, report, mesh), = data.openi_xml(data.Download(tmp_path))
+    assert report == "Heart very wide." and mesh == ["Cardiomegaly/mild"]
+    strange = b'<?xml version="1.0" encoding="klingon"?><a/>'
+    for text in (b"<a><b></a>", b"<a>\xff</a>", b"", strange, strange.replace(b"klingon", b"gbk")):
+        write(tmp_path / "r.xml", text)
+        with pytest.raises(UserError, match="r.xml: expected well-formed XML"):
+            main(["openi", str(tmp_path), "--out", str(tmp_path / "x.jsonl")])
 
 
 def test_mimic_keeps_frontal_views_and_parses_sections(tmp_path, capsys):
@@ -376,34 +285,100 @@ def test_mimic_keeps_frontal_views_and_parses_sections(tmp_path, capsys):
     assert {key: (row["split"], row["report"]) for key, row in rows.items()} == {
         "mimic/a1": ("train", "The heart is large. Big heart."),
         "mimic/b1": ("val", "No acute process."),
+        "mimic/c1": ("test", "Only a paragraph."),
     }
     assert rows["mimic/a1"]["labels"] == {"Cardiomegaly": 1, "Edema": -1}
+    assert "labels" not in rows["mimic/b1"]  # it has no row in chexpert.csv
     assert rows["mimic/a1"]["image"] == "files/p10/p10000032/s50414267/a1.jpg"
     assert rows["mimic/a1"]["study_id"] == "50414267"  # of RadGraph's records, in the cache too
     said = " ".join(capsys.readouterr().out.split())
-    assert "view not PA or AP 1" in said and "neither findings nor impression 1" in said
-    assert "no report file files/pNN/PATIENT/STUDY.txt here or in mimic-cxr-reports 1" in said
+    assert "1 skipped: view not PA or AP" in said and "2 neither labels nor targets" in said
+    assert "1 skipped: no report file files/pNN/PATIENT/STUDY.txt here or in mimic" in said
+    table = tmp_path / "official/mimic-cxr-2.0.0-metadata.csv.gz"
+    text = gzip.decompress(table.read_bytes()).decode()
+    write(table, text.replace("a1,10000032,50414267", "a1,10000032,504*"))  # no pattern
+    assert "mimic/a1" not in build(tmp_path, "mimic", lambda root: root)
 
 
-def test_chexpert_plus_aligns_graphs_with_the_sections_of_two_words(tmp_path):
+LAYOUTS_OF_REPORTS = [  # "/" begins a line, "//" is a blank one
+    ("FINDINGS: Lungs clear.//IMPRESSION: Fine.", "Lungs clear. Fine."),
+    ("CHEST, TWO VIEWS: Lungs clear.//IMPRESSION: Fine.", "Lungs clear. Fine."),
+    ("PORTABLE AP CHEST RADIOGRAPH: Lungs clear.", "Lungs clear."),
+    ("FRONTAL AND LATERAL VIEWS: Lungs clear.//IMPRESSION: Fine.", "Lungs clear. Fine."),
+    ("PA AND LATERAL VIEWS OF THE CHEST: Lungs clear.", "Lungs clear."),
+    ("CHEST (2 VIEWS): Lungs clear.", "Lungs clear."),
+    ("SINGLE AP UPRIGHT: Lungs clear.", "Lungs clear."),
+    ("CHEST:/ Lungs clear.", "Lungs clear."),
+    ("PORTABLE CHEST:/INDICATION: Cough./FINDINGS: Lungs clear.", "Lungs clear."),
+    ("CHEST, PA AND LAT:///HISTORY: Cough.//IMPRESSION: Fine.", "Fine."),
+    ("FINDINGS: Lungs clear.//IMPRESSON: Fine.", "Lungs clear. Fine."),
+    ("FINDNGS: Lungs clear.//IMPRESION: Fine.", "Lungs clear. Fine."),
+    ("FINIDNGS: Lungs clear.//IMPERSSION: Fine.", "Lungs clear. Fine."),
+    ("FINDING: Lungs clear.//MPRESSION: Fine.", "Lungs clear. Fine."),
+    ("INDICATON: Cough.//CONCLUSIONS: Fine.", "Fine."),
+    ("REFERENCE FINDINGS: Lungs clear.", "Lungs clear."),
+    ("PROVISIONAL FINDINGS IMPRESSION (PFI): Fine.", "Fine."),
+    ("PFI: Maybe.//FINDINGS: Lungs clear.", "Lungs clear."),
+    ("FINDINGS: Lungs clear.//FINAL IMPRESSION: Fine.", "Lungs clear. Fine."),
+    ("FINDINGS AND IMPRESSION: Fine.", "Fine."),
+    ("FINDINGS, IMPRESSION: Fine.", "Fine."),
+    ("WET READ: Maybe.//FINDINGS: Lungs clear.", "Lungs clear."),
+    ("FINDINGS: Lungs clear.//WET READ VERSION: Maybe.", "Lungs clear."),
+    ("Findings: Lungs clear.//Impression: Fine.", "Lungs clear. Fine."),
+    ("Indication: Cough.//Final impression: Fine.", "Fine."),
+    ("Chest, two views: Lungs clear./Note that: no prior./IMPRESSION: Fine.",
+     "Lungs clear. Note that: no prior. Fine."),
+    ("FINDINGS: Lungs clear./Comparison with the study of May shows: no change./IMPRESSION: Fine.",
+     "Lungs clear. Comparison with the study of May shows: no change. Fine."),
+    ("ADDENDUM: More.//IMPRESSION: Old.//FINAL REPORT//FINDINGS: Lungs clear.//IMPRESSION: New.",
+     "Lungs clear. New."),
+    ("IMPRESSION: Fine.//ADDENDUM: More.//IMPRESSION:/", "Fine."),
+    ("INDICATION: Cough.//Lungs clear./Heart normal.", "Lungs clear. Heart normal."),
+    ("FINAL REPORT/Chest film//History of cough.//Lungs clear.", "History of cough. Lungs clear."),
+    ("COMPARISON: None.//FINDINGS:/IMPRESSION:///Lungs clear.", "Lungs clear."),
+    ("INDICATION: Cough.", ""),
+    ("INDICATION:///Lungs clear.//FINDINGS:///IMPRESSION:/", "Lungs clear."),
+    ("FINDINGS:/LUNGS: Clear./HEART: Normal.//IMPRESSION: Fine.",
+     "LUNGS: Clear. HEART: Normal. Fine."),
+    ("FINDINGS: LUNGS: Clear./CHEST WALL: Normal./RIBS: Intact./Bones: Old.",
+     "LUNGS: Clear. CHEST WALL: Normal. RIBS: Intact. Bones: Old."),
+    ("FINDINGS: Lungs clear.//NOTIFICATION: Called.", "Lungs clear."),
+    ("IMPRESSION: Fine.//RECOMMENDATION(S): Repeat.", "Fine."),
+    ("FINDINGS:/IMPRESSION: Fine.", "Fine."),
+    ("FINDINGS:/CHEST, TWO VIEWS: Lungs clear.", "Lungs clear."),
+    ("FINDINGS:/AP CHEST RADIOGRAPH: Lungs clear.", "Lungs clear."),
+    ("FINDINGS: At 10:30, lungs clear./IMPRESSION: Fine.", "At 10:30, lungs clear. Fine."),
+    ("REASON FOR EXAM: CHEST PAIN//CLINICAL INFORMATION: Chest.//IMPRESSION : Fine.", "Fine."),
+]
+
+
+def test_a_report_of_mimic_is_its_findings_and_impression_in_any_layout(tmp_path):
+    for margin in (" ", "", "    "):
+        for layout, report in LAYOUTS_OF_REPORTS:
+            text = f"\n{' ' * 30}FINAL REPORT/{layout}/".replace("/", f"\n{margin}")
+            assert data.mimic_report(write(tmp_path / "s.txt", text)) == report, layout
+    assert data.mimic_report(write(tmp_path / "s.txt", "")) == ""
+
+
+def test_chexpert_plus_adds_the_labels_of_both_sections_found_by_name(tmp_path, capsys):
     rows = build(tmp_path, "chexpert-plus")
     assert list(rows) == [f"chexpert-plus/patient{k}/study1" for k in (1, 2, 4)]
-    tokens = [[e["tokens"] for e in row["graph"]["entities"].values()] for row in rows.values()]
-    assert tokens == [["impression1"], ["findings3", "impression3"], ["impression5"]]
-    second = rows["chexpert-plus/patient2/study1"]["graph"]
-    assert second["text"].split(" ")[second["entities"]["1/1"]["start_ix"]] == "impression3"
     assert rows["chexpert-plus/patient1/study1"]["labels"] == {"Edema": 1, "Cardiomegaly": -1}
+    assert rows["chexpert-plus/patient2/study1"]["report"] == "No edema. No effusion."
     assert rows["chexpert-plus/patient4/study1"]["split"] == "val"
-
-
-@pytest.mark.parametrize("change", [lambda graphs: graphs[:-1], lambda graphs: graphs + graphs])
-def test_chexpert_plus_refuses_graphs_that_are_not_aligned(tmp_path, change):
-    root = chexpert_plus(tmp_path)
-    path = root / "radgraph-XL-annotations/section_impression.json"
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))
-    with pytest.raises(ValueError, match="(?i)graph"):
-        main(["chexpert-plus", str(root), "--out", str(tmp_path / "x.jsonl")])
-    assert not (tmp_path / "x.jsonl").exists()
+    assert ["labels" in row for row in rows.values()] == [True, False, False]
+    assert "2  neither labels nor targets" in capsys.readouterr().out
+    labels = tmp_path / "official/chexbert_labels"
+    for folder in ("official", "official/CheXbert_Labels", "official/more/labels"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for name in ("findings_fixed.json", "impression_fixed.json"):
+            shutil.move(labels / name, tmp_path / folder / name)
+        labels = tmp_path / folder
+        assert build(tmp_path, "chexpert-plus", lambda root: root) == rows
+    for wrong in ('{"path_to_image": ["a"], "Edema": 1}', '{"path_to_image": "a", "Edema": [1]}'):
+        write(labels / "findings_fixed.json", wrong)
+        with pytest.raises(UserError, match="findings_fixed.json:1: expected"):
+            build(tmp_path, "chexpert-plus", lambda root: root)
 
 
 def test_the_numpy_split_is_scikit_learns():
@@ -424,9 +399,8 @@ def test_rsna_ab_drops_normals_and_keeps_the_split(tmp_path):
     assert sum(row["targets"]["Pneumonia"] for row in whole.values()) == 5 and len(whole) == 20
     some = build(tmp_path, "rsna-ab")
     assert len(some) == 10 and sum(row["targets"]["Pneumonia"] for row in some.values()) == 5
-    assert all(
-        row["split"] == whole[key.replace("rsna-ab", "rsna")]["split"] for key, row in some.items()
-    )
+    for key, row in some.items():
+        assert row["split"] == whole[key.replace("rsna-ab", "rsna")]["split"]
 
 
 def test_siim_strips_the_space_and_does_not_leak(tmp_path):
@@ -437,24 +411,13 @@ def test_siim_strips_the_space_and_does_not_leak(tmp_path):
 
 def test_vindr_ors_the_readers_and_takes_the_consensus(tmp_path):
     rows = build(tmp_path, "vindr")
-    assert rows["vindr/t1"]["targets"] == {
-        "Other disease": 1,
-        "Pleural Effusion": 0,
-        "No Finding": 0,
-    }
-    assert rows["vindr/e1"]["targets"].keys() == rows["vindr/t1"]["targets"].keys()
+    first = {"Other disease": 1, "Pleural Effusion": 0, "No Finding": 0}
+    assert rows["vindr/t1"]["targets"] == first
+    assert rows["vindr/e1"]["targets"].keys() == first.keys()
     assert rows["vindr/t2"]["targets"]["No Finding"] == 1
-    assert (
-        rows["vindr/e1"]["targets"]["Pleural Effusion"] == 1 and rows["vindr/e1"]["split"] == "test"
-    )
+    assert rows["vindr/e1"]["targets"]["Pleural Effusion"] == 1
+    assert rows["vindr/e1"]["split"] == "test"
     assert Counter(row["split"] for row in rows.values()) == {"train": 8, "val": 2, "test": 2}
-
-
-def test_an_image_of_cxr14_in_no_official_list_is_named(tmp_path):
-    root = cxr14(tmp_path)
-    (root / "test_list.txt").unlink()
-    with pytest.raises(UserError, match=r"v2020.csv:\d+: expected its image in one of the offic"):
-        main(["cxr14", str(root), "--out", str(tmp_path / "x.jsonl")])
 
 
 def test_cxr14_takes_the_official_lists_or_says_that_it_cannot(tmp_path, capsys):
@@ -463,43 +426,52 @@ def test_cxr14_takes_the_official_lists_or_says_that_it_cannot(tmp_path, capsys)
     assert rows["cxr14/00000001_000"]["targets"]["Pleural Effusion"] == 1
     assert rows["cxr14/00000001_000"]["targets"]["Pleural Thickening"] == 1
     assert "not the official split" not in capsys.readouterr().out
-    for name in ("train_val_list.txt", "test_list.txt"):
-        (tmp_path / "official" / name).unlink()
+    (tmp_path / "official/test_list.txt").unlink()
     rows = build(tmp_path, "cxr14", lambda root: root)
     assert "not the official split" in capsys.readouterr().out
-    assert all(row["split"] == split_of(row["patient"]) for row in rows.values())
+    assert all(row["split"] == data.split_of(row["patient"]) for row in rows.values())
 
 
-def test_probmed_keeps_its_images_and_pairs(tmp_path):
-    path, image = tmp_path / "test.json", "chest/00000001_000.png"
-    items = [
-        {"image": image, "qa_type": kind, "question": question, "answer": answer, "id": 1}
-        for kind, question, answer in (
-            ("entity_gt_0", "Is there effusion in this image?", "yes"),
-            ("entity_hallu_0", "Is there pleural thickening?", "no"),
-            ("modality_gt", "Is this an X-ray?", "yes"),
-        )
-    ]
-    write(path, json.dumps(items))
+def test_probmed_keeps_its_images_and_pairs_and_names_a_malformed_entry(tmp_path):
+    image = "chest/00000001_000.png"
+    items = [{"image": image, "qa_type": kind, "question": question, "answer": answer, "id": 1}
+             for kind, question, answer in (
+                 ("entity_gt_0", "Is there effusion in this image?", "yes"),
+                 ("entity_hallu_0", "Is there pleural thickening?", "no"),
+                 ("modality_gt", "Is this an X-ray?", "yes"))]
+    path = write(tmp_path / "test.json", json.dumps(items))
     rows = build(tmp_path, "cxr14", None, "--probmed", str(path))
     assert list(rows) == ["cxr14/00000001_000"]
     assert rows["cxr14/00000001_000"]["adversarial"] == [["Pleural Effusion", "Pleural Thickening"]]
+    for change in ({"image": 5}, {"qa_type": ["entity_gt_0"]}, {"question": None}):
+        with pytest.raises(UserError, match="test.json: entry 1: expected"):
+            data.probmed_pairs(write(path, json.dumps([items[0], items[1] | change])))
+    with pytest.raises(UserError, match="test.json: entry 0: expected"):
+        data.probmed_pairs(write(path, '["x"]'))
+    with pytest.raises(UserError, match="test.json: expected a JSON .* list"):
+        data.probmed_pairs(write(path, "{}"))
 
 
 def test_chexpert5x200_and_cxr_align_are_test_sets(tmp_path):
     rows = build(tmp_path, "chexpert5x200")
-    assert list(rows) == [
-        "chexpert5x200/patient1/study2",
-        "chexpert5x200/patient1/study2/view2_frontal",
-    ]
+    assert list(rows) == ["chexpert5x200/patient1/study2",
+                          "chexpert5x200/patient1/study2/view2_frontal"]
     assert rows["chexpert5x200/patient1/study2"]["report"] == "1. Band atelectasis"
     rows = build(tmp_path / "b", "cxr-align")
     one = rows["cxr-align/abc-1"]
-    assert (
-        one["patient"] == "10000032" and one["hard_negatives"][0]["condition"] == "Pleural Effusion"
-    )
+    assert one["patient"] == "10000032"
+    assert one["hard_negatives"][0]["condition"] == "Pleural Effusion"
     assert one["hard_negatives"][0]["report"] == "Big heart. No effusion."
     assert "labels" not in one  # CXR-Align has none
+    path = tmp_path / "b/official/cxr-align.json"
+    text = path.read_text()
+    for chosen in ("Pleural_Effusion", " PLEURAL effusion ", "effusion"):
+        write(path, text.replace("pleural effusion", chosen))
+        again = build(tmp_path / "b", "cxr-align", lambda root: root)
+        assert again["cxr-align/abc-1"]["hard_negatives"] == one["hard_negatives"], chosen
+    write(path, text.replace("pleural effusion", "gallstone"))
+    with pytest.raises(UserError, match="mimic, entry 0: .* conditions, got gallstone"):
+        build(tmp_path / "b", "cxr-align", lambda root: root)
     write(tmp_path / "list/cxr-align.json", "[1]")
     with pytest.raises(ValueError, match="cxr-align.json: expected a JSON .* dict"):
         main(["cxr-align", str(tmp_path / "list"), "--out", str(tmp_path / "x.jsonl")])
@@ -518,19 +490,16 @@ def test_a_linked_folder_is_found_and_read_by_its_own_name(tmp_path):
     assert len(Manifest(tmp_path / "c/x.jsonl")) == 3
 
 
-@pytest.mark.parametrize(
-    "name, file, old, new, where",
-    [
-        ("rsna", "stage_2_train_labels.csv", "p03,,,,,0", "p03,,,,,2", ":5: "),
-        ("rsna", "stage_2_train_labels.csv", "Target", "target", ":1: "),
-        ("rsna-ab", "stage_2_detailed_class_info.csv", "p02,No Lung", "p02,Lung", ":4: "),
-        ("openi", "indiana_projections.csv", "Lateral", "Side", ":3: "),
-        ("cxr14", "Data_Entry_2017_v2020.csv", "No Finding,0,2", "Nothing,0,2", ":4: "),
-        ("cxr14", "Data_Entry_2017_v2020.csv", "PA,2682", "PA,x,2682", ":2: "),
-        ("chexpert5x200", "chexpert_5x200.csv", "-1,0,Big", "maybe,0,Big", ":4: "),
-        ("mimic", "mimic-cxr-2.0.0-chexpert.csv", "1.0,-1.0", "1.0,7", ":2: "),
-    ],
-)
+@pytest.mark.parametrize("name, file, old, new, where", [
+    ("rsna", "stage_2_train_labels.csv", "p03,,,,,0", "p03,,,,,2", ":5: "),
+    ("rsna", "stage_2_train_labels.csv", "Target", "target", ":1: "),
+    ("rsna", "stage_2_train_labels.csv", "width", "Target", ":1: "),
+    ("siim", "stage_2_train.csv", "557374 2 1015 8", "557374 2 x", ":16: "),
+    ("cxr14", "Data_Entry_2017_v2020.csv", "No Finding,0,2", "Nothing,0,2", ":4: "),
+    ("cxr14", "Data_Entry_2017_v2020.csv", "PA,2682", "PA,x,2682", ":2: "),
+    ("chexpert5x200", "chexpert_5x200.csv", "-1,0,Big", "maybe,0,Big", ":4: "),
+    ("mimic", "mimic-cxr-2.0.0-chexpert.csv", "1.0,-1.0", "1.0,7", ":2: "),
+])
 def test_errors_name_file_and_line(tmp_path, name, file, old, new, where):
     root = LAYOUTS[name](tmp_path / "official")
     text = (root / file).read_text(encoding="utf-8")
@@ -540,54 +509,75 @@ def test_errors_name_file_and_line(tmp_path, name, file, old, new, where):
         main([name, str(root), "--out", str(tmp_path / "x.jsonl")])
 
 
-def test_damaged_tables_are_a_value_error_with_their_name(tmp_path):
-    root = mimic(tmp_path)
-    path = root / "mimic-cxr-2.0.0-split.csv.gz"
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="split.csv.gz:.*complete"):
-        main(["mimic", str(root), "--out", str(tmp_path / "x.jsonl")])
-    write(
-        tmp_path / "indiana_reports.csv",
-        "uid,MeSH,findings,impression\n1,n,caf\xe9,\n".encode("latin-1"),
-    )
-    with pytest.raises(UserError, match="indiana_reports.csv:1: expected .* in UTF-8"):
-        list(data.Download(tmp_path).table("indiana_reports.csv"))
-    write(  # an unclosed quote would make one report of two patients'
-        tmp_path / "indiana_reports.csv",
-        'uid,MeSH,findings,impression\n1,n,f,"left\n2,n,f,right\n',
-    )
-    with pytest.raises(UserError, match="indiana_reports.csv:1: expected a complete CSV"):
-        list(data.Download(tmp_path).table("indiana_reports.csv"))
+def test_damaged_tables_are_one_line_with_their_name(tmp_path):
+    for text in ("1,n,caf\xe9,\n", '1,n,f,"left\n2,n,f,right\n'):
+        table = f"uid,MeSH,findings,impression\n{text}"
+        write(tmp_path / "indiana_reports.csv", table, "latin-1")
+        # An unclosed quote would make one report of two patients'.
+        with pytest.raises(UserError, match="indiana_reports.csv:1: expected a complete .* UTF-8"):
+            list(data.Download(tmp_path).table("indiana_reports.csv"))
+    path = mimic(tmp_path) / "mimic-cxr-2.0.0-split.csv.gz"
+    whole = path.read_bytes()
+    for at in range(0, 60, 3):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1:])
+        try:  # of the header's bytes some do not matter
+            list(data.Download(tmp_path).table("mimic-cxr-2.*-split.csv", "dicom_id"))
+        except UserError as error:
+            assert "split.csv.gz:" in str(error) and "\n" not in str(error)
+    path.write_bytes(whole[:-9])
+    with pytest.raises(UserError, match="split.csv.gz:.*complete"):
+        list(data.Download(tmp_path).table("mimic-cxr-2.*-split.csv", "dicom_id"))
 
 
-def test_a_data_set_is_added_by_the_fifteen_lines_of_the_docstring(tmp_path, monkeypatch, capsys):
-    example = data.__doc__[data.__doc__.index("    def build_padchest") :].split("\n\n")[0]
-    assert len(example.splitlines()) <= 15
+def test_a_data_set_is_added_by_the_lines_of_the_docstring(tmp_path, monkeypatch, capsys):
+    example = data.__doc__[data.__doc__.index("    import ast") :].split("\n\nAn image")[0]
     names = {}
-    exec(textwrap.dedent(example), vars(data) | {}, names)
-    monkeypatch.setitem(data.BUILDERS, "padchest", names["build_padchest"])
+    exec(textwrap.dedent(example), vars(data) | names, names)
+    builder = names.pop("build_padchest")
+    builder.__globals__.update(names)
+    monkeypatch.setitem(data.BUILDERS, "padchest", builder)
 
     def padchest(root):
-        write(
-            root / "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv.gz",
-            ",ImageID,ImageDir,StudyID,PatientID,Projection,Report,Labels\n"
-            "0,1_a.png,0,s1,p1,PA,neumonia .,\"['pneumonia', 'mass']\"\n"
-            "1,1_b.png,0,s1,p1,L,neumonia .,\"['pneumonia']\"\n"
-            "2,2_a.png,54,s2,p2,AP,normal .,['normal']\n"
-            "3,3_a.png,54,s3,p3,PA,normal .,['normal']\n",
-        )
+        rows = [("1_a.png", "s1", "p1", "PA", "neumonia .", "['pneumonia', ' mass', '']"),
+                ("1_b.png", "s1", "p1", "L", "neumonia .", "['pneumonia']"),
+                ("2_a.png", "s2", "p2", "AP_horizontal", "normal .", "['normal']"),
+                ("3_a.png", "s3", "p3", "AP", "normal .", "['normal']"),
+                ("4_a.png", "s4", "p4", "PA", "normal .", ""),
+                ("5_a.png", "s5", "p5", "PA", "", "['massive']")]
+        table = io.StringIO()
+        csv.writer(table).writerows([
+            ("", "ImageID", "StudyID", "PatientID", "Projection", "Report", "Labels"),
+            *((k, *row) for k, row in enumerate(rows))])
+        write(root / "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv.gz", table.getvalue())
         for name in ("0/1_a.png", "54/2_a.png"):
             write(root / name, None)
         return root
 
     rows = build(tmp_path, "padchest", padchest)
     assert {key: (row["image"], row["targets"]) for key, row in rows.items()} == {
-        "padchest/s1": ("0/1_a.png", {"Mass": 1, "Pneumonia": 1}),
-        "padchest/s2": ("54/2_a.png", {"Mass": 0, "Pneumonia": 0}),
-    }
+        "padchest/s1": ("0/1_a.png", {"Mass": 1, "No Finding": 0}),
+        "padchest/s2": ("54/2_a.png", {"Mass": 0, "No Finding": 1})}
     said = " ".join(capsys.readouterr().out.split())
-    assert "image not there (left out) 1" in said and "skipped: view not PA or AP 1" in said
+    assert "1 image not there" in said and "1 skipped: view not frontal" in said
+    assert "2 skipped: no labels or no report" in said
     main(["check", str(tmp_path / "x.jsonl")])
+
+
+def test_out_never_replaces_a_file_of_the_download(tmp_path):
+    for name, file in (("rsna", "stage_2_train_labels.csv"), ("cxr-align", "cxr-align.json")):
+        path = LAYOUTS[name](tmp_path / name) / file
+        whole = path.read_bytes()
+        with pytest.raises(UserError, match=f"{file}: expected a new file, or a manifest"):
+            main([name, str(tmp_path / name), "--out", str(path)])
+        assert path.read_bytes() == whole
+
+
+def test_the_help_of_a_set_tells_its_files(capsys):
+    for name, words in (("mimic", "mimic-cxr-reports.zip"), ("cxr14", "test_list.txt"),
+                        ("phantom", "--normal-fraction"), ("cache", "--image-root")):
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        assert words in "".join(capsys.readouterr().out.replace("-\n", "-").split())
 
 
 def test_two_images_of_one_name_are_an_error_that_names_both(tmp_path):
@@ -599,98 +589,14 @@ def test_two_images_of_one_name_are_an_error_that_names_both(tmp_path):
     with pytest.raises(UserError) as error:
         official.image("a.dcm")
     assert "png/a.png" in str(error.value) and "masks/a.png" in str(error.value)
-
-
-def graph_ending_at(end):
-    entity = {"tokens": "edema", "label": "OBS-DA", "start_ix": 1, "end_ix": end, "relations": []}
-    return {"text": "no edema", "entities": {"77340001": entity}}
-
-
-@pytest.mark.parametrize(
-    "graph",
-    [
-        7,
-        None,
-        [],
-        {"0": []},
-        {"0": {"0": GRAPH}},
-        {},
-        {"text": "no edema", "entities": []},
-        {"entities": GRAPH["entities"]},
-        {"text": "no edema", "entities": {"1": 3}},
-        {"text": "no edema", "entities": {"1": {"tokens": "edema", "label": "OBS-DA"}}},
-        {"text": "x", "entities": {"77340001": {"tokens": "Miller", "label": "Miller"}}},
-        graph_ending_at(10**12),
-        graph_ending_at(-1),
-        graph_ending_at("1"),
-    ],
-)
-def test_a_bad_graph_of_chexpert_plus_is_named_by_line_and_place(tmp_path, graph):
-    root = chexpert_plus(tmp_path)
-    path = root / "radgraph-XL-annotations/section_impression.json"
-    path.write_text(json.dumps([graph, *json.loads(path.read_text())[1:]]))
-    with pytest.raises(UserError, match="240401.csv:2: ") as error:
-        main(["chexpert-plus", str(root), "--out", str(tmp_path / "x.jsonl")])
-    assert "Miller" not in str(error.value) and "77340001" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "file, text",
-    [
-        ("chexbert_labels/findings_fixed.json", '{"path_to_image": ["a"], "Edema": 1}'),
-        ("chexbert_labels/findings_fixed.json", '{"path_to_image": "a", "Edema": [1]}'),
-        ("radgraph-XL-annotations/section_findings.json", '{"0": 1}'),
-        ("radgraph-XL-annotations/section_findings.json", "7"),
-        ("radgraph-XL-annotations/section_findings.json", "[" * 100_000),
-    ],
-)
-def test_damaged_tables_of_chexpert_plus_are_a_user_error(tmp_path, file, text):
-    root = chexpert_plus(tmp_path)
-    write(root / file, text)
-    with pytest.raises(UserError, match=Path(file).name):
-        main(["chexpert-plus", str(root), "--out", str(tmp_path / "x.jsonl")])
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        "x",
-        7,
-        [],
-        {"image": "a.png", "qa_type": "entity_gt_0"},
-        {"image": 5, "qa_type": "entity_gt_0", "question": "Is there edema?"},
-        {"image": "a.png", "qa_type": ["entity_gt_0"], "question": "Is there edema?"},
-        {"image": "a.png", "qa_type": "entity_gt_0", "question": None},
-    ],
-)
-def test_a_malformed_entry_of_probmed_is_named(tmp_path, entry):
-    path = write(tmp_path / "test.json", json.dumps([entry]))
-    with pytest.raises(UserError, match="test.json: entry 0: expected"):
-        data.probmed_pairs(path)
-    with pytest.raises(UserError, match="test.json: expected a JSON .* list"):
-        data.probmed_pairs(write(path, json.dumps(entry)) if entry != [] else write(path, "{}"))
-
-
-@pytest.mark.parametrize("at", range(0, 60, 3))
-def test_a_damaged_gzip_is_one_line(tmp_path, at):
-    root = mimic(tmp_path)
-    path = root / "mimic-cxr-2.0.0-split.csv.gz"
-    raw = bytearray(path.read_bytes())
-    raw[at] ^= 0xFF
-    path.write_bytes(raw)
-    try:  # of the header's bytes some do not matter
-        list(data.Download(root).table("mimic-cxr-2.*-split.csv", "dicom_id"))
-    except UserError as error:
-        assert "split.csv.gz:" in str(error) and "\n" not in str(error)
+    write(tmp_path / "masks/B.PNG", None).rename(tmp_path / "dicom/B.DCM")
+    assert official.image("dicom/B.DCM", folders=1) == "dicom/B.DCM"  # an index of its own
 
 
 def test_a_pipe_in_the_place_of_a_file_is_refused_and_does_not_hang(tmp_path):
     for name in ("x.png", "x.dcm", "m.jsonl", "cxr-align.json", "indiana_projections.csv"):
         os.mkfifo(tmp_path / name)
     write(tmp_path / "indiana_reports.csv", "uid,MeSH,findings,impression\n")
-    os.mkfifo(tmp_path / "m2.jsonl.index.npz")
-    path = manifest_of(tmp_path / "more", [{}], "../m2.jsonl")
-    assert len(Manifest(path)) == 1  # its sidecar is a pipe
     for work in (
         lambda: read_image(tmp_path / "x.png"),
         lambda: read_image(tmp_path / "x.dcm"),
@@ -706,29 +612,39 @@ def test_a_pipe_in_the_place_of_a_file_is_refused_and_does_not_hang(tmp_path):
 def test_output_follows_links_and_leaves_pipes_and_devices_alone(tmp_path):
     (tmp_path / "far").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "far/out.txt")
-    with open_atomic(tmp_path / "link") as file:
+    with data.open_atomic(tmp_path / "link") as file:
         file.write("here")
     assert (tmp_path / "far/out.txt").read_text() == "here" and (tmp_path / "link").is_symlink()
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/null"), tmp_path / "far"):
         with pytest.raises(UserError, match="regular file"):
-            with open_atomic(path) as file:
+            with data.open_atomic(path) as file:
                 file.write("x")
     assert (tmp_path / "pipe").is_fifo() and Path("/dev/null").is_char_device()
-    with pytest.raises(UserError, match="its folder to be there"):
-        with open_atomic(tmp_path / "none/out.txt") as file:
+    with data.open_atomic(tmp_path / "new/dir/out.txt") as file:  # its folders are made
+        file.write("x")
+    with pytest.raises(UserError, match="out.txt: was not written .File exists"):
+        with data.open_atomic(tmp_path / "new/dir/out.txt/out.txt") as file:
             file.write("x")
+
+
+def test_what_a_kill_left_a_day_ago_is_removed_when_the_file_is_next_written(tmp_path):
+    for name, hours in ((".x[1].txt.7.tmp", 25), (".x[1].txt.8.tmp", 1), (".y.txt.9.tmp", 25)):
+        os.utime(write(tmp_path / name, "half"), (time.time() - 3600 * hours,) * 2)
+    with data.open_atomic(tmp_path / "x[1].txt") as file:
+        file.write("whole")
+    assert sorted(os.listdir(tmp_path)) == [".x[1].txt.8.tmp", ".y.txt.9.tmp", "x[1].txt"]
 
 
 def test_a_full_disk_is_the_users_and_a_mistake_in_the_block_ours(tmp_path):
     target = write(tmp_path / "out.txt", "whole")
     with pytest.raises(UserError, match="out.txt: was not written .No space"):
-        with open_atomic(target) as file:
+        with data.open_atomic(target) as file:
             file.write("half")
             os.write(os.open("/dev/full", os.O_WRONLY), b"x")
     for mistake, kind in ((lambda: open(tmp_path / "none"), FileNotFoundError), (int, ValueError)):
         with pytest.raises(kind) as error:
-            with open_atomic(target) as file:
+            with data.open_atomic(target) as file:
                 mistake() if mistake is not int else int("x")
         assert not isinstance(error.value, UserError)
     assert target.read_text() == "whole" and os.listdir(tmp_path) == ["out.txt"]
@@ -756,11 +672,8 @@ def test_real_openi_in_both_layouts(tmp_path):
     xml = {row["id"]: row for row in map(json.loads, open(tmp_path / "x.jsonl"))}
     both = [row for row in kaggle if row["id"] in xml]
     assert len(both) > 2900 and all(row["split"] == xml[row["id"]]["split"] for row in both)
-    same = [
-        row["report"] == xml[row["id"]]["report"]
-        and row.get("targets") == xml[row["id"]].get("targets")
-        for row in both
-    ]
+    same = [all(row.get(name) == xml[row["id"]].get(name) for name in ("report", "targets"))
+            for row in both]
     assert np.mean(same) > 0.99
 
 
@@ -828,8 +741,8 @@ def test_jpeg_is_decoded_small_and_looks_the_same(tmp_path):
     assert np.abs(difference).mean() < 2
 
 
-def dicom(path, values, kind="MONOCHROME2"):
-    """Write a grey image of 8 or 16 bits, signed or not, as DICOM."""
+def dicom(path, values, kind="MONOCHROME2", **fields):
+    """Write a grey image of 8 or 16 bits, signed or not, or of floats, as DICOM."""
     pydicom = pytest.importorskip("pydicom")
     bits = 8 * values.itemsize
     header = pydicom.dataset.Dataset()
@@ -840,11 +753,67 @@ def dicom(path, values, kind="MONOCHROME2"):
     header.BitsAllocated, header.BitsStored, header.HighBit = bits, bits, bits - 1
     header.PixelRepresentation = int(values.dtype.kind == "i")
     header.PhotometricInterpretation = kind
-    header.PixelData = values.tobytes()
+    if values.dtype.kind == "f":
+        header.FloatPixelData = values.tobytes()
+    else:
+        header.PixelData = values.tobytes()
+    for name, value in fields.items():
+        setattr(header, name, value)
     header.file_meta = pydicom.dataset.FileMetaDataset()
     header.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
     pydicom.dcmwrite(path, header, enforce_file_format=True)
     return path
+
+
+def test_a_dicom_is_shown_as_its_tables_say_or_refused(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    ramp = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
+    table = pydicom.dataset.Dataset()
+    table.LUTDescriptor = [256, 0, 16]
+    table.LUTData = np.arange(65535, 65535 - 256, -1, dtype="<u2").tobytes()
+    table.ModalityLUTType = "US"
+    turned = ({"RescaleSlope": "-2", "RescaleIntercept": "9"}, {"PresentationLUTShape": "INVERSE"},
+              {"VOILUTSequence": [table]}, {"ModalityLUTSequence": [table]})
+    for fields in turned:
+        image = np.asarray(read_image(dicom(tmp_path / "x.dcm", ramp, **fields)))
+        assert np.array_equal(image, ramp[:, ::-1]), fields
+    image = read_image(dicom(tmp_path / "x.dcm", ramp, WindowCenter="128", WindowWidth="128"))
+    assert np.asarray(image)[0, [0, 64, 128, 192, 255]].tolist() == [0, 0, 129, 255, 255]
+    image = read_image(dicom(tmp_path / "x.dcm", ramp, "MONOCHROME1", **turned[1]))
+    assert np.array_equal(np.asarray(image), ramp[:, ::-1])  # one word for one inversion
+    holes = ramp.astype(np.float32)
+    holes[0, 0] = np.nan
+    palette = {f"{name}PaletteColorLookupTable{part}": value
+               for name in ("Red", "Green", "Blue")
+               for part, value in (("Descriptor", [256, 0, 8]), ("Data", bytes(range(256))))}
+    for path in (dicom(tmp_path / "nan.dcm", holes),
+                 dicom(tmp_path / "palette.dcm", ramp, "PALETTE COLOR", **palette)):
+        with pytest.raises(UserError, match=f"{path.name}: expected a grey image of one frame"):
+            read_image(path)
+
+
+def test_a_compressed_dicom_names_the_package_that_decodes_it(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    path = dicom(tmp_path / "x.dcm", np.zeros((8, 8), np.uint8))
+    header = pydicom.dcmread(path)
+    header.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLosslessSV1
+    header.PixelData = pydicom.encaps.encapsulate([b"\xff\xd8\xff\xd9"])
+    header["PixelData"].VR = "OB"
+    header.save_as(path)
+    with pytest.raises(UserError, match="x.dcm: .*pylibjpeg") as error:
+        read_image(path)
+    assert "\n" not in str(error.value)
+
+
+def test_an_image_is_turned_as_its_exif_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
+    rows = Image.fromarray(np.repeat(np.arange(0, 240, 10, dtype=np.uint8), 32).reshape(24, 32))
+    for name in ("x.jpg", "x.png"):
+        rows.save(tmp_path / name, exif=exif)
+        image = read_image(tmp_path / name)
+        assert image.size == (24, 32)
+        assert image.getpixel((2, 9)) > 200 and image.getpixel((22, 9)) < 30
 
 
 @pytest.mark.parametrize("kind,lowest", [(np.uint16, 0), (np.int16, -32768)])
@@ -879,63 +848,11 @@ def test_a_mistake_of_ours_is_no_broken_image(tmp_path, monkeypatch):
         studies_of(path, negatives=False, graphs=False)[(0, 0)]
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_damaged_images_are_a_user_error_whatever_the_byte(tmp_path):
-    rng = np.random.default_rng(0)
-    grey = Image.fromarray(rng.integers(0, 255, (20, 24), dtype=np.uint8))
-    files = {"jpg": io.BytesIO(), "png": io.BytesIO(), "dcm": io.BytesIO()}
-    grey.save(files["jpg"], "JPEG")
-    grey.save(files["png"], "PNG")
-    dicom(files["dcm"], np.asarray(grey))
-    broken = Counter()
-    for kind, whole in files.items():
-        for _ in range(120):
-            raw = bytearray(whole.getvalue())
-            if rng.random() < 0.3:
-                del raw[rng.integers(len(raw)) :]
-            else:
-                raw[rng.integers(min(len(raw), 700))] = rng.integers(256)
-            path = write(tmp_path / f"x.{kind}", bytes(raw))
-            try:
-                assert read_image(path).mode == "L"
-            except UserError as error:
-                assert f"x.{kind}: expected" in str(error)
-                broken[kind] += 1
-    assert min(broken[kind] for kind in files) > 10
-
-
 def test_dicom_without_pydicom_says_what_to_install(tmp_path, monkeypatch):
     write(tmp_path / "x.dcm", "x")
     monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
     with pytest.raises(ValueError, match="x.dcm: .*pip install pydicom"):
         read_image(tmp_path / "x.dcm")
-
-
-def test_more_pixels_than_a_radiograph_has_are_refused(tmp_path, monkeypatch):
-    Image.new("L", (20, 20)).save(tmp_path / "a.png")
-    monkeypatch.setattr(data, "MAX_PIXELS", 399)
-    with pytest.raises(UserError, match="a.png: expected at most 399 pixels"):
-        read_image(tmp_path / "a.png")
-
-
-def test_more_pixels_of_a_dicom_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
-    pydicom = pytest.importorskip("pydicom")
-    path = dicom(tmp_path / "a.dcm", np.zeros((20, 20), np.uint8))
-    monkeypatch.setattr(data, "MAX_PIXELS", 399)
-    monkeypatch.delattr(pydicom.Dataset, "pixel_array")  # decoding would be another error
-    with pytest.raises(UserError, match="a.dcm: expected at most 399 pixels"):
-        read_image(path)
-    monkeypatch.setattr(data, "MAX_PIXELS", 400)
-    with pytest.raises(UserError, match="a.dcm: expected an intact"):
-        read_image(path)
-
-
-def test_black_borders_are_cropped():
-    frame = np.zeros((60, 80), np.uint8)
-    frame[10:50, 5:70] = 100
-    frame[0, 0] = 255  # a speck does not count
-    assert data.crop_borders(Image.fromarray(frame)).size == (65, 40)
-    assert data.crop_borders(Image.fromarray(np.zeros((5, 5), np.uint8))).size == (5, 5)
 
 
 def test_the_crop_and_resize_is_one_step_within_the_image():
@@ -963,10 +880,8 @@ def test_the_index_is_written_once_and_rebuilt_when_the_file_changes(tmp_path):
     path = manifest_of(tmp_path, [{"split": s, "patient": s} for s in ("train", "val", "train")])
     path.write_text("\n" + path.read_text() + "\n\n")
     manifest = Manifest(path, "train")
-    assert [row["id"] for row in (manifest[0], manifest[1])] == ["s/0", "s/2"] and len(
-        Manifest(path)
-    ) == 3
-    assert manifest.line(1) == 4 and len(set(manifest.patients)) == 1
+    assert [row["id"] for row in (manifest[0], manifest[1])] == ["s/0", "s/2"]
+    assert manifest.where(1) == f"{path}:4" and len(set(manifest.patients)) == 1
     sidecar = Path(f"{path}.index.npz")
     stamp = sidecar.stat().st_mtime_ns
     assert len(Manifest(path)) == 3 and sidecar.stat().st_mtime_ns == stamp
@@ -983,7 +898,7 @@ def test_a_sidecar_with_any_wrong_byte_is_rebuilt(tmp_path):
     path = manifest_of(tmp_path, rows)
     manifest, sidecar = Manifest(path), Path(f"{path}.index.npz")
     whole, rng = sidecar.read_bytes(), np.random.default_rng(0)
-    for _ in range(300):
+    for _ in range(150):
         raw = bytearray(whole)
         if rng.random() < 0.1:
             del raw[rng.integers(len(raw)) :]
@@ -996,35 +911,18 @@ def test_a_sidecar_with_any_wrong_byte_is_rebuilt(tmp_path):
         assert np.array_equal(again.patients, manifest.patients)
 
 
-class Rows(Dataset):
-    """A manifest's ids by row, each read many times."""
-
-    def __init__(self, manifest):
-        self.manifest = manifest
-
-    def __len__(self):
-        return len(self.manifest)
-
-    def __getitem__(self, i):
-        return [self.manifest[i]["id"] for _ in range(20)]
-
-
 def test_forked_workers_read_their_own_rows_of_one_open_file(tmp_path):
-    path = manifest_of(tmp_path, [{"report": "x" * (k * 37 % 5000)} for k in range(200)])
-    loader = DataLoader(Rows(Manifest(path)), batch_size=None, num_workers=2,
-                        multiprocessing_context="fork")  # fmt: skip
-    for _ in range(3):
-        for k, ids in enumerate(loader):
-            assert ids == [f"s/{k}"] * 20
+    path = manifest_of(tmp_path, [{"report": "x" * (k * 37 % 5000)} for k in range(2000)])
+    loader = DataLoader(Manifest(path), batch_size=None, num_workers=2,
+                        multiprocessing_context="fork")
+    assert [row["id"] for row in loader] == [f"s/{k}" for k in range(2000)]
 
 
 def test_the_digest_sees_what_training_reads_and_nothing_else(tmp_path):
     negative = {"condition": "Edema", "omitted": "Clear.", "report": "No edema.", "labels": {}}
-    rows = [
-        {"patient": "7", "report": f"Edema {k}.", "labels": {"Edema": 1}, "split": "train"}
-        | {"hard_negatives": [negative], "graph": GRAPH}
-        for k in range(3)
-    ]
+    row = {"patient": "7", "labels": {"Edema": 1}, "split": "train", "graph": GRAPH,
+           "hard_negatives": [negative]}
+    rows = [row | {"report": f"Edema {k}."} for k in range(3)]
 
     def digest(rows, name="m.jsonl", split="train"):
         return Manifest(manifest_of(tmp_path / "d", rows, name), split).digest()
@@ -1033,15 +931,9 @@ def test_the_digest_sees_what_training_reads_and_nothing_else(tmp_path):
     assert digest([row | {"root": "/else", "image": "b.png", "note": 1} for row in rows]) == first
     assert digest([dict(reversed(row.items())) for row in rows], "other.jsonl") == first
     assert digest([*rows, {"id": "s/9", "split": "val"}]) == first  # of another split
-    changes = [
-        {"id": "s/7"},
-        {"patient": "8"},
-        {"report": "Edema."},
-        {"labels": {"Edema": -1}},
-        {"hard_negatives": []},
-        {"hard_negatives": [negative | {"report": "No edema!"}]},
-        {"graph": {}},
-    ]
+    changes = [{"id": "s/7"}, {"patient": "8"}, {"report": "Edema."}, {"labels": {"Edema": -1}},
+               {"hard_negatives": []}, {"hard_negatives": [negative | {"report": "No edema!"}]},
+               {"graph": {}}]
     changed = [digest([rows[0], rows[1] | change, rows[2]]) for change in changes]
     changed += [digest(rows[:2]), digest([rows[0], rows[2], rows[1]])]
     assert len({first, *changed}) == len(changed) + 1
@@ -1055,9 +947,11 @@ def test_a_patient_that_is_null_or_absent_is_each_studys_own(tmp_path):
     assert patients[0] == data.patient_hash("s/0")
 
 
-def test_an_empty_manifest_is_refused(tmp_path):
+def test_an_empty_or_missing_manifest_is_refused(tmp_path):
     with pytest.raises(UserError, match="empty.jsonl: expected at least one line"):
         Manifest(write(tmp_path / "empty.jsonl", "\n\n"))
+    with pytest.raises(UserError, match="none.jsonl: expected a regular file"):
+        Manifest(tmp_path / "none.jsonl")
 
 
 def test_the_index_falls_back_to_memory_where_it_cannot_be_written(tmp_path):
@@ -1065,6 +959,19 @@ def test_the_index_falls_back_to_memory_where_it_cannot_be_written(tmp_path):
     Path(f"{path}.index.npz").mkdir()
     assert Manifest(path, "test")[0]["id"] == "s/0" and os.listdir(f"{path}.index.npz") == []
     assert not list(tmp_path.glob(".*"))  # no temporary file stays
+
+
+def test_the_index_stays_in_memory_on_a_disk_that_is_read_only(tmp_path, monkeypatch):
+    path = manifest_of(tmp_path, [{"split": "test"}])
+
+    def refuse(name, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(name))
+
+    for function in ("unlink", "mkdir", "replace"):  # a mounted disk refuses all of them
+        monkeypatch.setattr(os, function, refuse)
+    monkeypatch.setattr(data, "open", lambda name, mode="r", **options: open(name, mode, **options)
+                        if "w" not in mode else refuse(name), raising=False)
+    assert Manifest(path, "test")[0]["id"] == "s/0" and not os.path.exists(f"{path}.index.npz")
 
 
 def test_a_manifest_pickles_small_and_reads_the_same(tmp_path):
@@ -1076,35 +983,31 @@ def test_a_manifest_pickles_small_and_reads_the_same(tmp_path):
     assert copy[1234] == manifest[1234] and copy.image_root == str(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "{",
-        "[1]",
-        '{"id": 1, "image": "a"}',
-        '{"id": "a", "image": "b", "split": "dev"}',
-        '{"id": "a"}',
-        '{"id": "a", "image": "b", "targets": {"Edema": [1]}}',
-        '{"id": "a", "image": "b", "hard_negatives": [{"labels": null}]}',
-        '{"id": "a", "image": "b", "hard_negatives": [7]}',
-        '{"id": "a", "image": "b", "adversarial": [["Edema"]]}',
-        '{"id": "a", "image": "b", "adversarial": [[1, 2]]}',
-        '{"id": "a", "image": "b", "adversarial": 7}',
-        '{"id": "a", "image": "b", "patient": NaN}',
-        '{"id": "a", "image": "b", "patient": true}',
-        '{"id": "a", "image": "b", "patient": [7]}',
-        '{"id": "a", "image": "b\\u0000"}',
-        '{"id": "a", "image": "b", "root": "/\\u0000"}',
-        '{"id": "a", "image": "b", "report": "\\ud800"}',
-        '{"id": "a", "image": "b", "labels": {"Edema": [1]}}',
-        '{"id": "a", "image": "b", "graph": {"0": []}}',
-        '{"id": "a", "image": "b", "graph": {"entities": []}}',
-        '{"id": "a", "image": "b", "graph": {"0": {"0": {"text": "", "entities": {}}}}}',
-        '{"id": "a", "image": "b", "graph": {"entities": {"1": {"tokens": "x", "label": "OBS-DP", '
-        '"relations": [["modify", ["1"]]]}}}}',
-        "\xff",
-    ],
-)
+@pytest.mark.parametrize("line", [
+    "{",
+    "[1]",
+    '{"id": 1, "image": "a"}',
+    '{"id": "a", "image": "b", "split": "dev"}',
+    '{"id": "a"}',
+    '{"id": "a", "image": "b", "targets": {"Edema": [1]}}',
+    '{"id": "a", "image": "b", "hard_negatives": [{"labels": null}]}',
+    '{"id": "a", "image": "b", "hard_negatives": [7]}',
+    '{"id": "a", "image": "b", "labels": {"Edema": true}}',
+    '{"id": "a", "image": "b", "adversarial": 7}',
+    '{"id": "a", "image": "b", "patient": NaN}',
+    '{"id": "a", "image": "b", "patient": true}',
+    '{"id": "a", "image": "b", "patient": [7]}',
+    '{"id": "a", "image": "b\\u0000"}',
+    '{"id": "a", "image": "b", "root": "/\\u0000"}',
+    '{"id": "a", "image": "b", "report": "\\ud800"}',
+    '{"id": "a", "image": "b", "labels": {"Edema": [1]}}',
+    '{"id": "a", "image": "b", "graph": {"0": []}}',
+    '{"id": "a", "image": "b", "graph": {"entities": []}}',
+    '{"id": "a", "image": "b", "graph": {"0": {"0": {"text": "", "entities": {}}}}}',
+    '{"id": "a", "image": "b", "graph": {"entities": {"1": {"tokens": "x", "label": "OBS-DP", '
+    '"relations": [["modify", ["1"]]]}}}}',
+    "\xff",
+])
 def test_a_bad_line_is_named(tmp_path, line):
     path = manifest_of(tmp_path, [{}])
     path.write_bytes(path.read_bytes() + line.encode("latin-1"))
@@ -1131,10 +1034,9 @@ def test_positives_mark_the_conditions_and_uncertain_is_a_flag(tmp_path):
     manifest = Manifest(manifest_of(tmp_path, rows))
     marked = [name for name, one in zip(CONDITIONS, manifest.positives[0], strict=True) if one]
     assert marked == ["Edema", "No Finding"] and manifest.negatives[0] == 2
-    assert label_vector(labels).sum() == 3 and label_vector(labels, "negative").sum() == 2
-    assert label_vector(labels)[CONDITIONS.index("Pneumonia")] == 1 and label_vector({}).sum() == 0
-    with pytest.raises(KeyError, match="maybe"):
-        label_vector(labels, "maybe")
+    assert data.label_vector(labels).sum() == 3 and data.label_vector(labels, "negative").sum() == 2
+    assert data.label_vector(labels)[CONDITIONS.index("Pneumonia")] == 1
+    assert data.label_vector({}).sum() == 0
 
 
 # ---------------------------------------------------------------- batches
@@ -1157,52 +1059,37 @@ def same(a, b):
 
 def test_batches_do_not_depend_on_the_number_of_workers(phantom):
     studies = studies_of(phantom)
-    batches = [
-        list(
-            DataLoader(
-                studies,
-                batch_sampler=GlobalBatches(len(studies), 32, 3, epoch),
-                num_workers=workers,
-                collate_fn=studies.collate,
-            )
-        )
-        for epoch, workers in ((1, 0), (1, 2), (2, 0))
-    ]
+    batches = []
+    for epoch, workers in ((1, 0), (1, 2), (2, 0)):
+        sampler = global_batches(len(studies), 32, 3, epoch)
+        batches.append(list(DataLoader(studies, batch_sampler=sampler, num_workers=workers,
+                                       collate_fn=studies.collate)))
     assert len(batches[0]) == len(studies) // 32
     assert all(same(a, b) for a, b in zip(batches[0], batches[1], strict=True))
     assert not same(batches[0][0]["pixels"], batches[2][0]["pixels"])  # the negative control
     batch = batches[0][0]
     assert batch["pixels"].shape == (32, 1, 48, 48) and batch["pixels"].dtype == torch.uint8
-    assert (
-        batch["labels"].shape == batch["hard_labels"].shape == (32, 14) and batch["bad"] == 0
-    )
+    assert batch["labels"].shape == batch["hard_labels"].shape == (32, len(CONDITIONS))
+    assert batch["bad"] == 0
     assert len(batch["graph"]["sizes"]) == len(batch["hard_graph"]["sizes"]) == 32
 
 
-def test_a_manifest_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(UserError, match="none.jsonl: expected a file"):
-        Manifest(tmp_path / "none.jsonl")
-
-
 def test_ranks_share_one_global_batch_and_resume_inside_an_epoch():
-    whole = list(GlobalBatches(103, 20, seed=5, epoch=2))
-    parts = [list(GlobalBatches(103, 20, seed=5, epoch=2, rank=r, world=2)) for r in (0, 1)]
+    whole = list(global_batches(103, 20, seed=5, epoch=2))
+    parts = [list(global_batches(103, 20, seed=5, epoch=2, rank=r, world=2)) for r in (0, 1)]
     assert [a + b for a, b in zip(*parts, strict=True)] == whole and len(whole) == 5
-    assert list(GlobalBatches(103, 20, seed=5, epoch=2, start=3)) == whole[3:]
-    assert len(GlobalBatches(103, 20, seed=5, epoch=2, start=3)) == 2
-    assert list(GlobalBatches(103, 20, seed=5, epoch=3)) != whole
+    assert list(global_batches(103, 20, seed=5, epoch=2, start=3)) == whole[3:]
+    assert len(global_batches(103, 20, seed=5, epoch=2, start=3)) == 2
+    assert list(global_batches(103, 20, seed=5, epoch=3)) != whole
     rows = [i for batch in whole for _, i in batch]
     assert len(set(rows)) == 100
-    for size, world in ((21, 2), (0, 1), (104, 1)):
-        with pytest.raises(ValueError, match="expected"):
-            GlobalBatches(103, size, 5, 0, world=world)
 
 
 def test_a_hard_negative_is_drawn_anew_each_epoch(phantom):
     studies = studies_of(phantom)
     i = next(i for i in range(len(studies)) if studies.manifest.negatives[i] > 1)
     stored = [negative["report"] for negative in studies.manifest[i]["hard_negatives"]]
-    drawn = {studies[(epoch, i)]["hard"]["report"] for epoch in range(30)}
+    drawn = {studies[(epoch, i)]["negative"]["report"] for epoch in range(30)}
     assert drawn == set(stored)
 
 
@@ -1211,18 +1098,15 @@ def test_a_study_without_negatives_draws_a_report_with_one_positive(phantom):
     normal = [i for i in range(len(studies)) if studies.manifest.negatives[i] == 0]
     reports = {row["report"]: row for row in map(studies.manifest.__getitem__, range(len(studies)))}
     for i in normal[:20]:
-        hard = studies[(0, i)]["hard"]
-        source = reports[hard["report"]]
-        assert len(positives(source["labels"])) == 1 and hard["graph"] == source["graph"]
-        assert np.array_equal(hard["labels"], label_vector(source["labels"]))
+        hard = studies[(0, i)]["negative"]
+        assert len(positives(hard["labels"])) == 1 and hard == reports[hard["report"]]
         assert hard["report"] != studies.manifest[i]["report"]
-    assert len({studies[(epoch, normal[0])]["hard"]["report"] for epoch in range(20)}) > 5
+    assert len({studies[(epoch, normal[0])]["negative"]["report"] for epoch in range(20)}) > 5
 
 
 def test_negatives_without_any_candidate_are_refused(tmp_path):
-    path = manifest_of(
-        tmp_path, [{"split": "train", "report": "Fine.", "labels": {"No Finding": 1}}] * 4
-    )
+    row = {"split": "train", "report": "Fine.", "labels": {"No Finding": 1}}
+    path = manifest_of(tmp_path, [row] * 4)
     with pytest.raises(ValueError, match="negations.py"):
         studies_of(path)
     batch = (studies := studies_of(path, negatives=False, graphs=False)).collate([studies[(0, 1)]])
@@ -1243,15 +1127,14 @@ def test_one_report_of_one_positive_is_no_negative_of_itself(tmp_path):
     studies = studies_of(path, image_size=8)
     for epoch in range(5):
         for i in range(3, 63):  # most draws are the report itself
-            assert studies[(epoch, i)]["hard"]["report"] == "A fracture."
+            assert studies[(epoch, i)]["negative"]["report"] == "A fracture."
 
 
 def test_bad_images_are_replaced_and_reported_by_index(tmp_path):
     bad_images(tmp_path / "r")
-    rows = [
-        {"image": name, "split": "train", "report": name}
-        for name in ("truncated.png", "empty.png", "huge.png", "gif.png", "missing.png")
-    ] + [{"split": "train"}] * 15
+    names = ("truncated.png", "empty.png", "huge.png", "gif.png", "missing.png")
+    rows = [{"image": name, "split": "train", "report": name} for name in names]
+    rows += [{"split": "train"}] * 15
     studies = studies_of(manifest_of(tmp_path / "r", rows), negatives=False, graphs=False)
     batch = studies.collate([studies[(0, i)] for i in range(20)])
     assert batch["pixels"].shape[0] == 20 and batch["bad"] == 5
@@ -1266,30 +1149,21 @@ def test_a_folder_of_bad_images_stops_with_the_line(tmp_path):
         studies_of(path, negatives=False)[(0, 1)]
 
 
-# ---------------------------------------------------------------- check, cache, sheet
+# ---------------------------------------------------------------- check and cache
 
 
 def test_check_finds_what_is_wrong_and_prints_no_report_of_one(tmp_path, capsys):
-    secret = "Patient Miller has edema."
-    rows = [
-        {"split": "train", "patient": "7", "report": secret},
-        {"split": "test", "patient": "7"},
-        {"image": "gone.png"},
-        {"labels": {"Edema": 2}},
-        {"labels": {"Oedema": 1}},
-        {"targets": {"X": -1}},
-        {"graph": {"entities": {"1": {"tokens": "a", "label": "??"}}}},
-        {"image": "../x.png"},
-        {"hard_negatives": [{"report": "r", "condition": "Flu"}]},
-        {"report": 3},
-        {"id": "s/0"},
-    ]
-    path = manifest_of(tmp_path, rows)
+    secret = {"split": "train", "patient": "7", "report": "Patient Miller has edema."}
+    wrong = [{"image": "gone.png"}, {"labels": {"Edema": 2}}, {"labels": {"Oedema": 1}},
+             {"targets": {"X": -1}}, {"graph": {"entities": {"1": {"tokens": "a", "label": "??"}}}},
+             {"image": "../x.png"}, {"hard_negatives": [{"report": "r", "condition": "Flu"}]},
+             {"report": 3}]
+    rows = [secret, {"split": "test", "patient": "7"}, *wrong, {"id": "s/0"}]
     with pytest.raises(SystemExit) as end:
-        main(["check", str(path)])
+        main(["check", str(manifest_of(tmp_path, rows))])
     said = capsys.readouterr()
     assert end.value.code == 1 and "Miller" not in said.out + said.err
-    for line in (3, 4, 5, 6, 7, 8, 9, 10):
+    for line in range(3, 3 + len(wrong)):
         assert f"m.jsonl:{line}: " in said.err, line
     assert "1 patients are in two splits" in said.err and "1 lines repeat an id" in said.err
     assert "lines repeat an image" in said.err  # one that was taken for another of its name
@@ -1308,7 +1182,7 @@ def test_the_cache_resumes_and_keeps_the_picture(tmp_path, capsys):
     for k in range(3):
         image.rotate(90 * k).resize((600, 750), Image.Resampling.BICUBIC).save(folder / f"{k}.png")
     main(["cache", str(path), "--out", str(tmp_path / "c"), "--size", "128", "--workers", "2"])
-    assert "left out, unreadable 1" in " ".join(capsys.readouterr().out.split())
+    assert "1 left out, unreadable" in " ".join(capsys.readouterr().out.split())
     old, new = Manifest(path), Manifest(tmp_path / "c/m.jsonl")
     assert len(new) == 3 and new[0]["id"] == "s/0" and new[0]["split"] == "train"
     first = read_image(new.image_path(1))
@@ -1327,37 +1201,21 @@ def test_the_cache_resumes_and_keeps_the_picture(tmp_path, capsys):
         main(["cache", str(path), "--out", str(tmp_path / "new")])
 
 
-def test_the_cache_sees_that_an_image_changed_or_that_its_copy_is_cut(tmp_path):
-    path = manifest_of(tmp_path / "m", [{}])
-    command = ["cache", str(path), "--out", str(tmp_path / "c"), "--workers", "0"]
-
-    def cached():
-        main(command)
-        return Path(Manifest(tmp_path / "c/m.jsonl").image_path(0))
-
-    Image.new("L", (9, 9), 40).save(tmp_path / "m/a.png")
-    copy = cached()
-    whole = copy.read_bytes()
-    for cut in (0, 20, len(whole) - 30):
-        copy.write_bytes(whole[:cut])
-        assert cached() == copy and copy.read_bytes() == whole
-    Image.new("L", (9, 9), 200).save(tmp_path / "m/a.png")  # of another time, maybe of equal size
-    assert abs(read_image(cached()).getpixel((4, 4)) - 200) < 3
-
-
-def test_one_cache_of_two_manifests_with_equal_ids_keeps_their_images_apart(tmp_path):
-    for grey, name in ((40, "one"), (200, "two")):
+def test_the_cache_sees_that_an_image_changed_and_keeps_equal_names_apart(tmp_path):
+    def cached(name, grey):
         path = manifest_of(tmp_path / name, [{}], f"{name}.jsonl")
         Image.new("L", (9, 9), grey).save(tmp_path / name / "a.png")
         main(["cache", str(path), "--out", str(tmp_path / "c"), "--workers", "0"])
-    for grey, name in ((40, "one"), (200, "two")):
-        cached = Manifest(tmp_path / f"c/{name}.jsonl")
-        assert abs(read_image(cached.image_path(0)).getpixel((4, 4)) - grey) < 3
+        return read_image(Manifest(tmp_path / f"c/{name}.jsonl").image_path(0)).getpixel((4, 4))
+
+    assert abs(cached("one", 40) - 40) < 3 and abs(cached("two", 200) - 200) < 3
+    assert abs(cached("one", 90) - 90) < 3  # of another time, maybe of equal size
+    assert len(os.listdir(tmp_path / "c/images")) == 3
 
 
 def test_a_killed_reading_process_ends_the_work_and_does_not_hang():
     with pytest.raises(UserError, match="^a reading process was killed[^\\n]*$"):
-        list(data.run_jobs(os._exit, [1, 1, 1], 2, "images"))
+        list(data.run_jobs(os._exit, [1, 1, 1], 2))
 
 
 # ---------------------------------------------------------------- the phantom
@@ -1365,14 +1223,13 @@ def test_a_killed_reading_process_ends_the_work_and_does_not_hang():
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    path = data.make_phantom(
-        tmp_path_factory.mktemp("drawn"), studies=700, size=64, seed=2, duplicates=9
-    )
-    return path, [json.loads(line) for line in open(path)]
+    folder = tmp_path_factory.mktemp("drawn")
+    path = data.make_phantom(folder, studies=700, size=64, seed=2, duplicates=9)
+    return [json.loads(line) for line in open(path)]
 
 
 def test_the_phantom_draws_at_least_ten_conditions_and_normals_as_in_table_1(drawn):
-    _, rows = drawn
+    rows = drawn
     counts = Counter(name for row in rows for name, value in row["targets"].items() if value)
     assert sum(counts[name] >= 10 for name in CONDITIONS[:-1]) >= 10
     plain = [row["report"] for row in rows[:700] if row["report"] in data.NORMALS]
@@ -1383,31 +1240,34 @@ def test_the_phantom_draws_at_least_ten_conditions_and_normals_as_in_table_1(dra
     assert [row["report"] for row in rows[700:]] == ["No active lung lesion."] * 9
     abnormal = [row["report"] for row in rows[:700] if row["report"] not in data.NORMALS]
     assert len(set(abnormal)) > 0.97 * len(abnormal)
+    pairs = {(row["patient"], row["split"]) for row in rows}  # patients stay in one split
+    assert len({patient for patient, _ in pairs}) == len(pairs) < len(rows)
+    assert Counter(row["split"] for row in rows)["train"] > 0.7 * len(rows)
 
 
 def test_the_labeler_agrees_with_the_phantoms_truth(drawn):
-    _, rows = drawn
-    truth = np.array([[row["targets"][name] for name in CONDITIONS] for row in rows])
-    found = np.array(
-        [[label_report(row["report"]).get(name) == 1 for name in CONDITIONS] for row in rows]
-    )
+    truth = np.array([[row["targets"][name] for name in CONDITIONS] for row in drawn])
+    labels = [label_report(row["report"]) for row in drawn]
+    found = np.array([[own.get(name) == 1 for name in CONDITIONS] for own in labels])
     agreement = dict(zip(CONDITIONS, (truth == found).mean(0), strict=True))
     assert min(agreement.values()) >= 0.97, agreement
 
 
-def test_every_condition_changes_the_picture_and_the_seed_decides(tmp_path):
+def test_every_condition_changes_the_picture_and_the_seed_decides(tmp_path, monkeypatch):
     finding = data.SimpleNamespace(amount=0.8, side="left", zone="mid", device="endotracheal tube")
     plain = np.asarray(data._draw_chest({}, 64, np.random.default_rng(5))).astype(int)
     for name in CONDITIONS[:-1]:
         drawn = data._draw_chest({name: finding}, 64, np.random.default_rng(5))
         image = np.asarray(drawn).astype(int)
         assert (np.abs(image - plain) > 25).sum() > 8, name
-    one, two, other = (
-        data.make_phantom(tmp_path / str(k), studies=12, seed=seed)
-        for k, seed in enumerate((1, 1, 4))
-    )
-    texts = [path.read_text().replace(str(path.parent), "") for path in (one, two, other)]
-    pictures = [(path.parent / "images/000003.png").read_bytes() for path in (one, two, other)]
+    monkeypatch.setattr(data, "CONDITIONS", ("Rickets", *CONDITIONS))
+    with pytest.raises(UserError, match="rows for Rickets in PHRASES, DRAWINGS"):
+        data.make_phantom(tmp_path / "new", studies=1)
+    monkeypatch.undo()
+    paths = [data.make_phantom(tmp_path / str(k), studies=12, seed=seed)
+             for k, seed in enumerate((1, 1, 4))]
+    texts = [path.read_text().replace(str(path.parent), "") for path in paths]
+    pictures = [(path.parent / "images/000003.png").read_bytes() for path in paths]
     assert texts[0] == texts[1] != texts[2] and pictures[0] == pictures[1] != pictures[2]
 
 
@@ -1424,31 +1284,3 @@ def test_the_phantom_is_reused_until_its_settings_change(tmp_path, monkeypatch):
     assert path.stat().st_mtime_ns > stamps[2]  # it is drawn anew after a change of the code
     stamp = path.stat().st_mtime_ns
     assert data.make_phantom(tmp_path, studies=8, seed=1).stat().st_mtime_ns == stamp
-    with pytest.raises(ValueError, match="normal"):
-        data.make_phantom(tmp_path, studies=8, normal_fraction=2)
-
-
-def test_the_command_draws_a_sheet(tmp_path):
-    main(
-        [
-            "phantom",
-            str(tmp_path / "p"),
-            "--out",
-            str(tmp_path / "p.jsonl"),
-            "--studies",
-            "13",
-            "--sheet",
-            str(tmp_path / "sheet.png"),
-        ]
-    )
-    assert Image.open(tmp_path / "sheet.png").size == (1024, 768)
-    assert len(Manifest(tmp_path / "p.jsonl")) == 13
-
-
-def test_patients_of_the_phantom_stay_in_one_split(drawn):
-    _, rows = drawn
-    splits = {}
-    for row in rows:
-        splits.setdefault(row["patient"], set()).add(row["split"])
-    assert all(len(own) == 1 for own in splits.values()) and len(splits) < len(rows)
-    assert Counter(row["split"] for row in rows)["train"] > 0.7 * len(rows)

@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import train
-from data import GlobalBatches, Manifest, Studies, UserError, run_main
+from data import Manifest, Studies, UserError, global_batches, run_main
 from model import ClinicalCLIP, ModelError, load_checkpoint
 
 SCRIPT = str(Path(train.__file__))
@@ -664,7 +664,7 @@ class OneBadRow(Studies):
 
 
 def spoil_a_row(phantom):
-    keys = list(GlobalBatches(len(Manifest(phantom, "train")), 12, 0, 0, rank=1, world=2))[1]
+    keys = list(global_batches(len(Manifest(phantom, "train")), 12, 0, 0, rank=1, world=2))[1]
     OneBadRow.bad_rows = {keys[0][1]}  # read by rank 1 in the second step
     train.Studies = OneBadRow
 
