@@ -6,7 +6,6 @@ SPDX-License-Identifier: MIT
 import json
 import os
 import signal
-import textwrap
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from test_train import (
     criterion,
     difference,
     gradients,
+    make_step,
     read_log,
     run,
     start,
@@ -31,9 +31,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import evaluate
 import train
-from data import Manifest, Studies
+from data import Manifest
 from loss import DynamicSoftContrastiveLoss, SigmoidSoftContrastiveLoss
-from model import ClinicalCLIP, load_model
+from model import load_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 CUDA = torch.device("cuda", 0)
@@ -46,14 +46,10 @@ def restore_cuda():
     torch.cuda.set_sync_debug_mode("default")
 
 
-def make_step(phantom, size=8, framework="softmax"):
-    """A model and one batch of reading's pinned tensors, on the CPU."""
-    torch.manual_seed(0)
-    clip = ClinicalCLIP("tiny", "tiny", 16, 32, framework=framework).train()
-    studies = Studies(Manifest(phantom, "train"), image_size=32, tokenize=clip.tokenize,
-                      negatives=True, graphs=True)
-    args = train.parse_args(["--batch-size", str(size), "--workers", "1"])
-    return clip, next(train.read_batches(studies, args, 0, 0, 1))
+def read_batch(studies):
+    """A batch of eight as reading gives it: pinned, on the CPU."""
+    args = train.parse_args(["--batch-size", "8", "--workers", "1"])
+    return next(train.read_batches(studies, args, 0, 0, 1))
 
 
 # ---------------------------------------------------------------- the loss
@@ -106,30 +102,27 @@ def test_bf16_trains_with_finite_numbers_and_keeps_fp32_weights(phantom, tmp_pat
 
 
 def test_gradient_caching_gives_the_gradient_of_the_whole_batch(phantom):
-    clip, _ = make_step(phantom)
+    clip, studies, keys = make_step(phantom)
     clip.to(CUDA)
-    studies = Studies(Manifest(phantom, "train"), image_size=32, tokenize=clip.tokenize,
-                      negatives=True, graphs=True)
-    keys, results = torch.tensor([(0, i) for i in range(8)]), []
+    results = []
     for micro in (1, 2):
         batches = [train.to_device(studies.collate([studies[k] for k in part.tolist()]), CUDA)
-                   for part in keys.chunk(micro)]
+                   for part in torch.tensor(keys).chunk(micro)]
         clip.zero_grad()
         step(clip, batches, (0, 0, 0))
         results.append(gradients(clip))
     assert difference(*results) < 1e-3
 
 
-def test_batches_lie_in_pinned_memory(phantom):
-    _, batch = make_step(phantom)
-    assert batch["pixels"].is_pinned() and batch["labels"].is_pinned()
-    assert batch["text"]["input_ids"].is_pinned() and batch["graph"]["node"].is_pinned()
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_warm_step_waits_for_the_device_only_to_read_its_numbers(phantom, precision):
-    clip, batch = make_step(phantom)
+def test_batches_are_pinned_and_a_warm_step_waits_for_the_device_only_to_read_its_numbers(
+        phantom, precision):
+    clip, studies, _ = make_step(phantom)
     clip.to(CUDA)
+    batch = read_batch(studies)
+    for pinned in (batch["pixels"], batch["labels"], batch["text"]["input_ids"],
+                   batch["graph"]["node"]):
+        assert pinned.is_pinned()
     batch.pop("bad")
     loss = criterion()
     optimizer = torch.optim.AdamW(train.parameter_groups(clip, 1e-4), lr=1e-3, fused=True)
@@ -156,17 +149,15 @@ def test_a_warm_step_waits_for_the_device_only_to_read_its_numbers(phantom, prec
 
 
 def one_nccl_rank(phantom):
-    clip, batch = make_step(phantom)
+    clip, studies, _ = make_step(phantom)
     clip.to(CUDA)
-    moved = train.to_device(batch, CUDA)
-    alone = train.plain_step(clip, criterion(), moved, torch.autocast("cuda", enabled=False),
-                             (0, 0, 0))["loss"].item()
+    batch = train.to_device(read_batch(studies), CUDA)
+    alone = step(clip, [batch], (0, 0, 0))["loss"].item()
     expected = gradients(clip)
     clip.zero_grad()
     dist.init_process_group("nccl")
     model = DistributedDataParallel(clip)
-    loss = train.plain_step(model, criterion(), moved, torch.autocast("cuda", enabled=False),
-                            (0, 0, 0))["loss"].item()
+    loss = step(model, [batch], (0, 0, 0))["loss"].item()
     assert loss == pytest.approx(alone, rel=1e-5)
     assert difference(gradients(clip), expected) < 1e-3
     train.WORLD = 2  # so that the group is used
@@ -232,22 +223,16 @@ def test_too_little_memory_is_one_line_that_names_the_flags(phantom, tmp_path):
 # ---------------------------------------------------------------- evaluation
 
 
-def test_evaluation_agrees_with_the_cpus(phantom, tmp_path):
+def test_evaluation_agrees_with_the_cpus_and_a_python_files_model_may_stay_there(
+        phantom, tmp_path):
     run(phantom, tmp_path / "run", "--max-steps", "3")
     rows = Manifest(phantom, "train")
     gpu, cpu = (evaluate.validate(load_model(tmp_path / "run", device), rows, 32)
                 for device in ("cuda", "cpu"))
     assert gpu == pytest.approx(cpu, abs=0.02)
-
-
-def test_a_model_of_a_python_file_may_stay_on_the_cpu(phantom, tmp_path, capsys):
-    run(phantom, tmp_path / "run", "--max-steps", "1")
-    (tmp_path / "other.py").write_text(textwrap.dedent(f"""
-        from model import load_model
-        def load():
-            return load_model({str(tmp_path / 'run')!r})
-        """))
-    capsys.readouterr()
+    (tmp_path / "other.py").write_text(
+        "from model import load_model\n"
+        f"def load():\n    return load_model({str(tmp_path / 'run')!r})\n")
     evaluate.main([str(tmp_path / "other.py"), "--task", "retrieval", "--data", str(phantom),
                    "--split", "train", "--resamples", "10", "--workers", "0",
                    "--out", str(tmp_path / "result.json")])

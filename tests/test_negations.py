@@ -36,6 +36,11 @@ E, C, LO, LL, ED, CO, PN, AT, PT, PE, PO, FR, SD, NF = N.CONDITIONS
 CODES = dict(zip("E C LO LL ED CO PN AT PT PE PO FR SD".split(), N.CONDITIONS, strict=False))
 
 
+def cases(table):
+    """The rows of a table, whose cells stand between bars."""
+    return [[cell.strip() for cell in row.split("|")] for row in table.strip().splitlines()]
+
+
 def read_sentences():
     """tests/sentences.txt: {section: [(text, its labels)]}."""
     sections = {}
@@ -54,10 +59,9 @@ def read_sentences():
 
 
 SENTENCES = read_sentences()
-SAYS = SENTENCES["causes"]
 
 
-@pytest.mark.parametrize(("report", "labels"), SAYS)
+@pytest.mark.parametrize(("report", "labels"), SENTENCES["causes"])
 def test_the_rules_read_a_sentence_as_a_radiologist_would(report, labels):
     assert N.label_report(report) == labels
 
@@ -71,10 +75,6 @@ def share_right(section):
 def test_the_rules_read_most_of_the_sentences_that_were_written_before_they_were_mended(
         section, least):
     assert len(SENTENCES[section]) >= 100 and share_right(section) >= least
-
-
-def test_phrases_of_the_tables_may_have_capitals():
-    assert N._grouped({"present": N._phrases("widened VPW;")}).search("a widened vpw")
 
 
 @pytest.mark.parametrize(("phrase", "texts", "others"), [
@@ -93,10 +93,12 @@ def test_phrases_of_the_tables_may_have_capitals():
     ("seen .", ["seen", "it is seen."], ["seen here"]),
     (": none", ["fluid: none"], ["none"]),
     ("[now|since]+ gone", ["now since now gone", "gone"], ["now"]),
+    ("widened VPW", ["a widened vpw"], ["widened"]),
 ])
 def test_the_notation_of_the_tables_reads_as_it_is_explained(phrase, texts, others):
-    assert all(N.matcher(phrase).search(text) for text in texts)
-    assert not any(N.matcher(phrase).search(text) for text in others if text != "now")
+    for expression in (N.matcher(phrase), N._grouped({"present": [phrase]})):
+        assert all(expression.search(text) for text in texts)
+        assert not any(expression.search(text) for text in others)
     if phrase.startswith("after"):  # what must follow is no part of the phrase
         assert N.matcher(phrase).search(texts[0])[0] == "after"
 
@@ -106,114 +108,113 @@ def test_conditions_are_in_chexberts_order_and_positives_leave_no_finding_out():
     assert N.positives({NF: 1, PE: 1, E: 1, ED: -1, PT: 0}) == [E, PE]
 
 
-@pytest.mark.parametrize(("report", "sentences"), [
-    ("No pneumothorax or effusion.", ["No pneumothorax.", "No effusion."]),
-    ("Cardiomegaly, edema, and effusions are present.",
-     ["Cardiomegaly is present.", "Edema is present.", "Effusions are present."]),
-    ("The lungs are clear without consolidation, effusion, or pneumothorax.",
-     ["The lungs are clear.", "No consolidation.", "No effusion.", "No pneumothorax."]),
-    ("Heart size and mediastinal contours are normal.",
-     ["Heart size is normal.", "Mediastinal contours are normal."]),
-    ("1. Possible atelectasis or pneumonia. 2. A 1.5 cm nodule.",
-     ["Possible atelectasis.", "Possible pneumonia.", "A 1.5 cm nodule."]),
-    ("Hyperinflation consistent with emphysema.", ["Hyperinflation consistent with emphysema."]),
-    ("Neither effusion nor pneumothorax.", ["No effusion.", "No pneumothorax."]),
-    ("Although the heart is enlarged, there is no edema.",
-     ["The heart is enlarged.", "There is no edema."]),
-    ("Aside from minimal atelectasis, the lungs are clear.",
-     ["Minimal atelectasis.", "The lungs are clear."]),
-    ("Opacity in the left base, compatible with pneumonia.",
-     ["Opacity in the left base.", "Pneumonia."]),
-    ("Enlarged and tortuous aorta with cardiomegaly.",
-     ["Enlarged and tortuous aorta.", "Cardiomegaly."]),
-    ("The aorta is tortuous and calcified.", ["The aorta is tortuous and calcified."]),
-])
-def test_lists_are_split_into_one_entity_a_sentence(report, sentences):
+@pytest.mark.parametrize("row", cases("""
+    No pneumothorax or effusion. | No pneumothorax. | No effusion.
+    Hyperinflation consistent with emphysema. | Hyperinflation consistent with emphysema.
+    Neither effusion nor pneumothorax. | No effusion. | No pneumothorax.
+    Although the heart is enlarged, there is no edema. | The heart is enlarged. | There is no edema.
+    Opacity in the left base, compatible with pneumonia. | Opacity in the left base. | Pneumonia.
+    Enlarged and tortuous aorta with cardiomegaly. | Enlarged and tortuous aorta. | Cardiomegaly.
+    The aorta is tortuous and calcified. | The aorta is tortuous and calcified.
+    Cardiomegaly, edema, and effusions are present. \
+        | Cardiomegaly is present. | Edema is present. | Effusions are present.
+    The lungs are clear without consolidation, effusion, or pneumothorax. \
+        | The lungs are clear. | No consolidation. | No effusion. | No pneumothorax.
+    Heart size and mediastinal contours are normal. \
+        | Heart size is normal. | Mediastinal contours are normal.
+    1. Possible atelectasis or pneumonia. 2. A 1.5 cm nodule. \
+        | Possible atelectasis. | Possible pneumonia. | A 1.5 cm nodule.
+    Aside from minimal atelectasis, the lungs are clear. \
+        | Minimal atelectasis. | The lungs are clear.
+    """))
+def test_lists_are_split_into_one_entity_a_sentence(row):
+    report, *sentences = row
     assert N.split_sentences(report) == sentences
     assert N.label_report(" ".join(sentences)) == N.label_report(report)
 
 
-@pytest.mark.parametrize(("report", "cleaned"), [
-    ("Stable mild cardiomegaly.", "Mild cardiomegaly."),
-    ("No new effusion.", "No effusion."),
-    ("Compared to prior, no change. Small effusion.", "Small effusion."),
-    ("The effusion is unchanged, and there is no pneumothorax.",
-     "The effusion, and there is no pneumothorax."),
-    ("In comparison with the prior study, there is a new small left effusion.",
-     "There is a small left effusion."),
-    ("The right effusion has increased in size since the prior exam.", "The right effusion."),
-    ("The PICC line has been removed.", "No PICC line."),
-    ("Pneumothorax is no longer seen.", "No pneumothorax."),
-    ("No change in the effusion.", "Effusion."),
-    ("Stable chest. Comparison is made to the prior study dated XXXX.", ""),
-    ("The mediastinum is stable. Lungs are clear.", "Lungs are clear."),
-    ("Stable enlargement of the heart.", "Enlargement of the heart."),
-    ("No new or enlarging nodules.", "No nodules."),
-    ("The lungs remain clear.", "The lungs are clear."),
-    ("The lung volumes remain low.", "The lung volumes are low."),
-    ("Heart size is stable and mildly enlarged.", "Heart size is mildly enlarged."),
-    ("Nodules are unchanged and suggest granulomas.", "Nodules suggest granulomas."),
-    ("There is an unchanged nodule and a new effusion.", "There is a nodule and an effusion."),
-    ("Comparison is made to ___. Once again there are stable, small effusions.",
-     "There are small effusions."),
-    ("Pacemaker in unchanged position.", "Pacemaker."),
-    ("Small effusions are unchanged bilaterally.", "Small effusions bilaterally."),
-    ("AP chest compared to ___: Severe edema has worsened since earlier in the day.",
-     "Severe edema."),
-    ("In comparison with the study of ___, there is little change. Small effusion.",
-     "Small effusion."),
-    ("Mild edema, not changed from the prior radiograph of ___ at 5:04 a.m.", "Mild edema."),
-    ("Small effusion, unchanged compared to the study performed one day earlier.",
-     "Small effusion."),
-    ("A small nodule is unchanged since 2012.", "A small nodule."),
-    ("Slight interval decrease in right effusion since yesterday.", "Right effusion."),
-    ("No change in the extent of the effusions.", "Effusions."),
-    ("The opacity is slightly less conspicuous than on the prior study.", "The opacity."),
-    ("Otherwise, there is no new effusion.", "There is no effusion."),
-    ("Effusions, larger on the left.", "Effusions, larger on the left."),
-    ("The opacity is less conspicuous.", "The opacity."),
-    ("Opacity, new, more conspicuous on the left.", "Opacity, more conspicuous on the left."),
-    ("There is now an NG tube.", "There is an NG tube."),
-    ("Left nodule, not clearly seen on the prior study.", "Left nodule."),
-    ("New moderate cardiomegaly since the prior radiograph.", "Moderate cardiomegaly."),
-    ("There has been interval development of a right pneumothorax.",
-     "There is a right pneumothorax."),
-])
+@pytest.mark.parametrize(("report", "cleaned"), cases("""
+    Stable mild cardiomegaly. | Mild cardiomegaly.
+    No new effusion. | No effusion.
+    Compared to prior, no change. Small effusion. | Small effusion.
+    The right effusion has increased in size since the prior exam. | The right effusion.
+    The PICC line has been removed. | No PICC line.
+    No change in the effusion. | Effusion.
+    Pneumothorax is no longer seen. | No pneumothorax.
+    No new or enlarging nodules. | No nodules.
+    Stable chest. Comparison is made to the prior study dated XXXX. |
+    The mediastinum is stable. Lungs are clear. | Lungs are clear.
+    Stable enlargement of the heart. | Enlargement of the heart.
+    The lungs remain clear. | The lungs are clear.
+    Pacemaker in unchanged position. | Pacemaker.
+    The lung volumes remain low. | The lung volumes are low.
+    Heart size is stable and mildly enlarged. | Heart size is mildly enlarged.
+    Nodules are unchanged and suggest granulomas. | Nodules suggest granulomas.
+    There is an unchanged nodule and a new effusion. | There is a nodule and an effusion.
+    Small effusions are unchanged bilaterally. | Small effusions bilaterally.
+    AP chest compared to ___: Severe edema has worsened since earlier in the day. | Severe edema.
+    In comparison with the study of ___, there is little change. Small effusion. | Small effusion.
+    Mild edema, not changed from the prior radiograph of ___ at 5:04 a.m. | Mild edema.
+    Small effusion, unchanged compared to the study performed one day earlier. | Small effusion.
+    A small nodule is unchanged since 2012. | A small nodule.
+    Slight interval decrease in right effusion since yesterday. | Right effusion.
+    No change in the extent of the effusions. | Effusions.
+    The opacity is slightly less conspicuous than on the prior study. | The opacity.
+    Otherwise, there is no new effusion. | There is no effusion.
+    Effusions, larger on the left. | Effusions, larger on the left.
+    The opacity is less conspicuous. | The opacity.
+    Opacity, new, more conspicuous on the left. | Opacity, more conspicuous on the left.
+    There is now an NG tube. | There is an NG tube.
+    Left nodule, not clearly seen on the prior study. | Left nodule.
+    New moderate cardiomegaly since the prior radiograph. | Moderate cardiomegaly.
+    There has been interval development of a right pneumothorax. | There is a right pneumothorax.
+    The effusion is unchanged, and there is no pneumothorax. \
+        | The effusion, and there is no pneumothorax.
+    In comparison with the prior study, there is a new small left effusion. \
+        | There is a small left effusion.
+    Comparison is made to ___. Once again there are stable, small effusions. \
+        | There are small effusions.
+    """))
 def test_comparison_with_priors_goes_and_the_finding_stays(report, cleaned):
     assert N.remove_temporal(report) == cleaned
     labels = N.label_report(report)
     assert N.label_report(cleaned) == (labels if cleaned else {})
 
 
-REPORT = ("Mild cardiomegaly. Left basilar opacity consistent with atelectasis. Small left "
-          "effusion. Right chest tube. No pneumothorax.")
+@pytest.mark.parametrize(("report", "cleaned"), cases("""
+    No pneumothorax, ETT in good position. | No pneumothorax. ETT in good position.
+    There is increased opacity in the left base. | There is opacity in the left base.
+    Right effusion is not appreciably changed. | Right effusion.
+    Stable exam. | Stable exam.
+    Normal lung vascularity and mild cardiomegaly. | Normal lung vascularity and mild cardiomegaly.
+    The right internal jugular catheter has been removed, left PICC is unchanged. \
+        | No right internal jugular catheter. Left PICC.
+    """))
+def test_clean_reports_keep_their_nouns_and_are_never_empty(report, cleaned):
+    record = N.annotate({"id": "1", "report": report})
+    assert record["report"] == cleaned
+    assert record["labels"] == N.label_report(report)
 
 
-@pytest.mark.parametrize("condition", [C, LO, AT, PE, SD])
-def test_a_hard_negative_denies_one_condition_and_keeps_the_others(condition):
-    others = [c for c in N.positives(N.label_report(REPORT)) if c != condition]
-    assert len(others) == 4
-    for seed in range(20):
-        omitted, denied = N.negate(REPORT, condition, random.Random(seed))
-        assert omitted == N.omit(REPORT, condition) and omitted != REPORT
-        assert condition not in N.label_report(omitted)
-        assert N.label_report(denied)[condition] == 0
-        assert N.positives(N.label_report(omitted)) == N.positives(N.label_report(denied)) == others
-    # negative control: the same checks see that the report itself is no hard negative
-    assert N.label_report(REPORT)[condition] == 1
-
-
-@pytest.mark.parametrize(("report", "condition", "omitted"), [
-    ("Calcified pleural plaques.", PO, N.NOTHING_LEFT),  # not "Calcified."
-    ("Calcified nodule causing an elevated right hemidiaphragm.", LL,
-     "Elevated right hemidiaphragm."),
-    ("Opacity consistent with small left effusion.", LO, "Small left effusion."),
-    ("Monitor leads overlie a normal cardiac silhouette.", SD, "Normal cardiac silhouette."),
-    ("Opacity about a small patchy left basilar atelectasis.", LO,
-     "Small patchy left basilar atelectasis."),
-])
-def test_what_an_omission_leaves_of_a_sentence_has_its_noun(report, condition, omitted):
-    assert N.omit(report, condition) == omitted
+@pytest.mark.parametrize(("report", "condition", "omitted"), cases("""
+    Opacity in the right lung base represents atelectasis. | AT | Opacity in the right lung base.
+    Fracture fixation hardware in the left humerus. | SD |
+    Small nodule. CT is recommended for further evaluation of the nodule. Edema. | LL | Edema.
+    Pneumonia. Follow-up films to ensure resolution of the pneumonia. Edema. | PN | Edema.
+    Opacity in the left base. This may be artifact. Edema. | LO | Edema.
+    Calcified right upper lobe nodule. | LL |
+    Calcified pleural plaques. | PO |
+    Calcified nodule causing an elevated right hemidiaphragm. | LL | Elevated right hemidiaphragm.
+    Opacity consistent with small left effusion. | LO | Small left effusion.
+    Monitor leads overlie a normal cardiac silhouette. | SD | Normal cardiac silhouette.
+    Consolidation in the right upper lobe is consistent with pneumonia. | PN \
+        | Consolidation in the right upper lobe.
+    Opacity about a small patchy left basilar atelectasis. | LO \
+        | Small patchy left basilar atelectasis.
+    """))
+def test_an_omission_takes_all_of_a_condition_and_leaves_no_half_of_a_place_or_noun(
+        report, condition, omitted):
+    assert N.omit(report, CODES[condition]) == (omitted or N.NOTHING_LEFT)
     past_a_comma = N.omit_from(["Opacity, left lower lobe, pneumothorax."], LO)
     assert past_a_comma == ["Pneumothorax."]
 
@@ -230,8 +231,14 @@ def test_an_omission_that_leaves_nothing_gives_a_sentence_without_findings():
     omitted, denied = N.negate("Cardiomegaly.", C, random.Random(0))
     assert omitted == N.NOTHING_LEFT and not N.mentions(omitted)
     assert N.NOTHING_LEFT not in denied and N.label_report(denied)[C] == 0
+    [negative] = N.annotate({"id": "1", "report": "Cardiomegaly."})["hard_negatives"]
+    assert negative["omitted"] == N.NOTHING_LEFT
     with pytest.raises(KeyError, match="No Finding"):  # the programmer's, it keeps its traceback
         N.negate("Lungs are clear.", NF, random.Random(0))
+
+
+REPORT = ("Mild cardiomegaly. Left basilar opacity consistent with atelectasis. Small left "
+          "effusion. Right chest tube. No pneumothorax.")
 
 
 def test_annotate_is_a_pure_function_of_seed_and_id():
@@ -240,18 +247,16 @@ def test_annotate_is_a_pure_function_of_seed_and_id():
     a, b = N.annotate(record), N.annotate(record)
     assert a == b and json.dumps(record) == before and a["site"] == "kept"
     assert a["report"] == REPORT and a["original_report"] == record["report"]
-    assert N.annotate(a) == a  # a second pass starts from the original
+    assert N.annotate(a | {"report": "Edema."}) == a  # a second pass starts from the original
     assert sorted(n["condition"] for n in a["hard_negatives"]) == sorted(N.positives(a["labels"]))
     others = (N.annotate(record | {"id": f"x/{i}"})["hard_negatives"] for i in range(40))
     assert {n[0]["condition"] for n in others} == set(N.positives(a["labels"]))
-    places = Counter(n["position"] for i in range(40)
-                     for n in N.annotate(record, seed=i)["hard_negatives"])
-    assert set(places) == {"beginning", "middle", "end"} and min(places.values()) > 40
 
 
-def test_positions_are_where_they_say():
-    for i in range(60):
-        for negative in N.annotate({"id": str(i), "report": REPORT})["hard_negatives"]:
+def test_positions_are_where_they_say_and_each_is_drawn_often():
+    places = Counter()
+    for seed in range(60):
+        for negative in N.annotate({"id": "1", "report": REPORT}, seed=seed)["hard_negatives"]:
             sentences = re.split(r"(?<=\.) ", negative["report"])
             at = [k for k, s in enumerate(sentences)
                   if N.label_report(s).get(negative["condition"]) == 0]
@@ -259,71 +264,37 @@ def test_positions_are_where_they_say():
             if at[-1] == len(sentences) - 1:
                 place = "end"
             assert at == list(range(at[0], at[-1] + 1)) and negative["position"] == place
+            places[place] += 1
+    assert set(places) == {"beginning", "middle", "end"} and min(places.values()) > 60
 
 
-def test_labels_of_a_hard_negative_are_the_reports_with_one_zero():
-    record = N.annotate({"id": "1", "report": "Cardiomegaly. Chest tube."})
-    labels = {n["condition"]: n["labels"] for n in record["hard_negatives"]}
-    assert labels[C] == {C: 0, SD: 1, NF: 1}  # devices are no abnormality
-    assert labels[SD] == {C: 1, SD: 0}
-    other = {C: 1, PN: -1, PE: 1}  # another labeler's; the rules find no effusion to omit
-    record = N.annotate({"id": "1", "report": "Cardiomegaly."}, labels=other)
-    assert [n["labels"] for n in record["hard_negatives"]] == [{C: 0, PN: -1, PE: 1}]
-    assert N.annotate({"id": "1", "report": "Lungs are clear."})["hard_negatives"] == []
+@pytest.mark.parametrize(("condition", "report", "given", "labels"), [
+    (C, "Cardiomegaly. Calcified granuloma.", None, {C: 0}),
+    (C, "Cardiomegaly. Calcified granuloma.", {C: 1}, {C: 0}),
+    (C, "Cardiomegaly. Possible pneumonia.", None, {C: 0, PN: -1}),
+    (C, "Cardiomegaly. Possible pneumonia.", {C: 1}, {C: 0}),
+    (C, "Cardiomegaly. Chest tube.", None, {C: 0, SD: 1, NF: 1}),  # devices are no abnormality
+    (C, "Cardiomegaly. Chest tube.", {C: 1}, {C: 0, NF: 1}),
+    (SD, "Cardiomegaly. Chest tube.", None, {C: 1, SD: 0}),
+    (C, "Cardiomegaly. No effusion.", None, {C: 0, PE: 0, NF: 1}),
+    (C, "Cardiomegaly. No effusion.", {C: 1}, {C: 0, NF: 1})])
+def test_labels_of_a_hard_negative_have_one_zero_and_no_finding_is_what_its_own_text_says(
+        condition, report, given, labels):
+    negatives = N.annotate({"id": "1", "report": report}, labels=given)["hard_negatives"]
+    [negative] = [n for n in negatives if n["condition"] == condition]
+    assert negative["labels"] == labels
+    assert N.label_report(negative["report"]).get(NF) == labels.get(NF)
 
 
-@pytest.mark.parametrize("given", [None, {C: 1}])
-@pytest.mark.parametrize(("report", "no_finding"), [
-    ("Cardiomegaly. Calcified granuloma.", None), ("Cardiomegaly. Possible pneumonia.", None),
-    ("Cardiomegaly. Chest tube.", 1), ("Cardiomegaly. No effusion.", 1)])
-def test_a_hard_negative_is_no_finding_where_its_own_text_says_nothing_else(
-        report, no_finding, given):
-    [negative, *_] = [n for n in N.annotate({"id": "1", "report": report}, labels=given)[
-        "hard_negatives"] if n["condition"] == C]
-    assert negative["labels"].get(NF) == no_finding
-    assert N.label_report(negative["report"]).get(NF) == no_finding
-
-
-def test_what_the_text_denies_or_doubts_makes_no_hard_negative():
+def test_what_the_text_denies_or_doubts_or_does_not_say_makes_no_hard_negative():
     report = "No pleural effusion. Cardiomegaly. Pneumonia versus aspiration."
-    record = N.annotate({"id": "1", "report": report}, labels={PE: 1, C: 1, PT: 1})
-    assert [n["condition"] for n in record["hard_negatives"]] == [C]
-    _, counts = N.annotate_job(({"id": "1", "report": report}, record["labels"]), 0)
-    assert counts["positives that the text does not state: no negative"] == 2
-    record = N.annotate({"id": "1", "report": report})
-    assert [n["condition"] for n in record["hard_negatives"]] == [C]
-
-
-@pytest.mark.parametrize(("report", "condition", "omitted"), [
-    ("Consolidation in the right upper lobe is consistent with pneumonia.", PN,
-     "Consolidation in the right upper lobe."),
-    ("Opacity in the right lung base represents atelectasis.", AT,
-     "Opacity in the right lung base."),
-    ("Fracture fixation hardware in the left humerus.", SD, N.NOTHING_LEFT),
-    ("Small nodule. CT is recommended for further evaluation of the nodule. Edema.", LL, "Edema."),
-    ("Pneumonia. Follow-up films to ensure resolution of the pneumonia. Edema.", PN, "Edema."),
-    ("Opacity in the left base. This may be artifact. Edema.", LO, "Edema."),
-    ("Calcified right upper lobe nodule.", LL, N.NOTHING_LEFT),  # not "Calcified right upper."
-])
-def test_an_omission_takes_all_of_a_condition_and_cuts_no_place_in_half(
-        report, condition, omitted):
-    assert N.omit(report, condition) == omitted
-
-
-@pytest.mark.parametrize(("report", "cleaned"), [
-    ("The right internal jugular catheter has been removed, left PICC is unchanged.",
-     "No right internal jugular catheter. Left PICC."),
-    ("No pneumothorax, ETT in good position.", "No pneumothorax. ETT in good position."),
-    ("There is increased opacity in the left base.", "There is opacity in the left base."),
-    ("Right effusion is not appreciably changed.", "Right effusion."),
-    ("Normal lung vascularity and mild cardiomegaly.",
-     "Normal lung vascularity and mild cardiomegaly."),
-    ("Stable exam.", "Stable exam."),  # nothing else: a report is never empty
-])
-def test_clean_reports_keep_their_nouns(report, cleaned):
-    record = N.annotate({"id": "1", "report": report})
-    assert record["report"] == cleaned
-    assert record["labels"] == N.label_report(report)
+    for labels in (None, {PE: 1, C: 1, PT: 1}):
+        record = N.annotate({"id": "1", "report": report}, labels=labels)
+        assert [n["condition"] for n in record["hard_negatives"]] == [C]
+    given = {C: 1, PN: -1, PE: 1}
+    record = N.annotate({"id": "1", "report": "Cardiomegaly."}, labels=given)
+    assert [n["labels"] for n in record["hard_negatives"]] == [given | {C: 0}]
+    assert N.annotate({"id": "1", "report": "Lungs are clear."})["hard_negatives"] == []
 
 
 @pytest.mark.parametrize("text", ["Cardiomegalia. Derrame pleural izquierdo.", "xyz", ""])
@@ -332,26 +303,26 @@ def test_a_text_that_is_not_understood_has_no_labels(text):
     assert N.label_report(text + " Stable exam.") == {NF: 1}  # negative control
 
 
-def test_a_sentence_of_twenty_thousand_words_is_bounded():
-    began = time.perf_counter()
-    N.annotate({"id": "1", "report": "effusion and heart " * 7000})
-    assert time.perf_counter() - began < 20
-
-
-def test_hard_negatives_hold_in_any_mix_of_sentences():
+def test_hard_negatives_deny_one_condition_and_keep_the_others_in_any_mix_of_sentences():
     rng, seen = random.Random(0), set()
     for i in range(300):
-        text = " ".join(report for report, _ in rng.sample(SAYS, 4))
+        text = " ".join(report for report, _ in rng.sample(SENTENCES["causes"], 4))
         record = N.annotate({"id": str(i), "report": text})
-        labels = N.label_report(record["report"])
-        assert N.positives(labels) == N.positives(N.label_report(text))
+        report = record["report"]
+        stated = N.positives(N.label_report(report))
+        assert stated == N.positives(N.label_report(text))
         for negative in record["hard_negatives"]:
-            c, omitted, denied = (negative[k] for k in ("condition", "omitted", "report"))
-            assert c not in N.label_report(omitted) and N.label_report(denied)[c] == 0, text
-            for other in set(N.positives(labels)) - {c}:
-                assert N.label_report(omitted)[other] == N.label_report(denied)[other] == 1, text
-            assert negative["graph"] == N.rule_graph(N._sentences(denied)), text
+            c = negative["condition"]
             seen.add(c)
+            others = [other for other in stated if other != c]
+            assert len(others) == len(stated) - 1, text
+            pairs = [(negative["omitted"], negative["report"]), N.negate(report, c, rng)]
+            for omitted, denied in pairs:
+                assert c not in N.label_report(omitted) and N.label_report(denied)[c] == 0, text
+                assert N.positives(N.label_report(omitted)) == others, text
+                assert N.positives(N.label_report(denied)) == others, text
+                assert omitted == N.omit(report, c) != report, text
+            assert negative["graph"] == N.rule_graph(N._sentences(negative["report"])), text
     assert len(seen) >= 10
 
 
@@ -381,12 +352,23 @@ def test_a_rule_graph_follows_radgraphs_schema():
     assert graph["enlarged", "OBS-DP"] == {("located_at", "heart")}
 
 
-def absent(graph):
-    """{condition: whether an absent node of it stands alone}, of a sentence's graph."""
-    linked = {target for e in graph["entities"].values() for _, target in e["relations"]}
-    alone = [not e["relations"] and key not in linked for key, e in graph["entities"].items()
-             if e["label"] == "OBS-DA"]
-    return any(alone) if alone else None
+def denials_alone(reports):
+    """{condition: the share of its denials with an absent node that no relation links}."""
+    alone = {}
+    for text, conditions in reports:
+        for sentence in N._sentences(text):
+            denied = [c for c, value in N._said([sentence]).items()
+                      if value == 0 and c in conditions]
+            if not denied:
+                continue
+            entities = N.rule_graph([sentence])["entities"]
+            linked = {target for e in entities.values() for _, target in e["relations"]}
+            nodes = [key not in linked and not e["relations"] for key, e in entities.items()
+                     if e["label"] == "OBS-DA"]
+            if nodes:
+                for c in denied:
+                    alone.setdefault(c, []).append(any(nodes))
+    return {c: np.mean(values) for c, values in alone.items()}
 
 
 def test_a_graph_does_not_tell_a_hard_negative_from_a_report():
@@ -400,20 +382,8 @@ def test_a_graph_does_not_tell_a_hard_negative_from_a_report():
     new = [n for n in negatives if {e["tokens"] for e in n["graph"]["entities"].values()} - known]
     assert len(new) <= 0.05 * len(negatives)
 
-    def shares(reports):
-        """{condition: the share of its denials whose absent node stands alone}."""
-        alone = {}
-        for text, conditions in reports:
-            for sentence in N._sentences(text):
-                said = N._said([sentence])
-                for c in conditions:
-                    node = absent(N.rule_graph([sentence])) if said.get(c) == 0 else None
-                    if node is not None:
-                        alone.setdefault(c, []).append(node)
-        return {c: np.mean(nodes) for c, nodes in alone.items()}
-
-    originals = shares((r["report"], N.CONDITIONS[:-1]) for r in records)
-    denied = shares((n["report"], [n["condition"]]) for n in negatives)
+    originals = denials_alone((r["report"], N.CONDITIONS[:-1]) for r in records)
+    denied = denials_alone((n["report"], [n["condition"]]) for n in negatives)
     assert len(originals.keys() & denied.keys()) >= 11
     for c in originals.keys() & denied.keys():
         assert abs(originals[c] - denied[c]) <= 0.1, (c, originals[c], denied[c])
@@ -432,8 +402,7 @@ XL = {"text": "small pleural effusion . heart normal", "data_source": None, "ent
 
 
 def test_given_graphs_keep_their_style_and_are_not_replaced():
-    record = N.annotate({"id": "1", "report": "Pleural effusion. Heart normal.",
-                         "graph": XL})
+    record = N.annotate({"id": "1", "report": "Pleural effusion. Heart normal.", "graph": XL})
     assert record["graph"] == XL
     edited = entities(record["hard_negatives"][0]["graph"])
     assert ("normal", "Observation::definitely present") in edited
@@ -445,117 +414,90 @@ def test_given_graphs_keep_their_style_and_are_not_replaced():
     assert N.annotate({"id": "1", "report": "Effusion."})["graph"]["data_source"] == "rules"
 
 
+def test_adjectives_and_relations_of_what_a_brought_graph_loses_go_with_it():
+    graph = {"text": "mild patchy opacity . mild edema", "entities": {
+        "1": entity("mild", "OBS-DP", 0), "2": entity("patchy", "OBS-DP", 1),
+        "3": entity("opacity", "OBS-DP", 2), "4": entity("mild", "OBS-DP", 4, ("modify", "5")),
+        "5": entity("edema", "OBS-DP", 5, ("suggestive_of", "3"))}}
+    record = N.annotate({"id": "1", "report": "Mild patchy opacity. Mild edema.", "graph": graph})
+    edited = {n["condition"]: n["graph"] for n in record["hard_negatives"]}[LO]
+    kept = [e["tokens"] for e in edited["entities"].values() if e["label"] == "OBS-DP"]
+    assert kept == ["mild", "edema"] and entities(edited)["edema", "OBS-DP"] == set()
+    assert any(e["label"] == "OBS-DA" for e in edited["entities"].values())
+
+
+# ---- files
 def write(path, records):
     path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     return path
-
-
-def run(*args, **kwargs):
-    command = [sys.executable, str(ROOT / "negations.py"), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, **kwargs)
 
 
 def read(path):
     return [record for _, record in N.read_jsonl(path)]
 
 
+def main(folder, records, *flags):
+    """What negations.py, in this process, makes of the records."""
+    source, out = write(folder / "in.jsonl", records), folder / "out.jsonl"
+    N.main([str(source), "--out", str(out), "--workers", "1", *map(str, flags)])
+    return read(out)
+
+
 def test_radgraph_files_are_matched_by_study(tmp_path, capsys):
-    report = "Small pleural effusion."
-    records = [{"id": "mimic/51234567", "report": report},
-               {"id": "mimic/abd", "report": report, "study_id": "51234567"},
-               {"id": "mimic/abe", "report": report, "study_id": "59999999"}]
+    records = [{"id": "mimic/51234567", "report": "Small pleural effusion."},
+               {"id": "mimic/abd", "report": "Small pleural effusion.", "study_id": "51234567"},
+               {"id": "mimic/abe", "report": "Small pleural effusion.", "study_id": "59999999"}]
     graphs = tmp_path / "graphs.json"
     graphs.write_text(json.dumps({"p10/p1/s50000000.txt": XL | {"text": "a b"},
                                   "p10/p10000001/s51234567.txt": XL}, indent=1))
-    source = write(tmp_path / "in.jsonl", records)
-    options = ["--graphs", str(graphs), "--workers", "1"]
-    N.main([str(source), "--out", str(tmp_path / "out.jsonl"), *options])
-    found = [r["graph"] == XL for r in read(tmp_path / "out.jsonl")]
-    assert found == [False, True, False]
+    annotated = main(tmp_path, records, "--graphs", graphs)
+    assert [r["graph"] == XL for r in annotated] == [False, True, False]
     assert re.search("graphs: not in the file, made by rule +2\n", capsys.readouterr().out)
-    graphs.write_text('{"p10/p10000001/s51234567.txt": {"text": 5, "entities": {}}}')
-    with pytest.raises(UserError, match="in.jsonl:2: expected a RadGraph record with its text"):
-        N.main([str(source), "--out", str(tmp_path / "x.jsonl"), *options])
-    for text in ("[]", "{"):
+    for text, message in (
+            ('{"p10/p10000001/s51234567.txt": {"text": 5, "entities": {}}}',
+             "in.jsonl:2: expected a RadGraph record with its text"),
+            ("[]", "graphs.json(:1)?: expected"), ("{", "graphs.json(:1)?: expected")):
         graphs.write_text(text)
-        with pytest.raises(UserError, match="graphs.json(:1)?: expected"):
-            N.main([str(source), "--out", str(tmp_path / "x.jsonl"), *options])
+        with pytest.raises(UserError, match=message):
+            main(tmp_path, records, "--graphs", graphs)
 
 
-def test_adjectives_of_what_a_brought_graph_loses_go_with_it():
-    graph = {"text": "mild patchy opacity . mild edema", "entities": {
-        "1": entity("mild", "OBS-DP", 0), "2": entity("patchy", "OBS-DP", 1),
-        "3": entity("opacity", "OBS-DP", 2), "4": entity("mild", "OBS-DP", 4, ("modify", "5")),
-        "5": entity("edema", "OBS-DP", 5)}}
-    record = N.annotate({"id": "1", "report": "Mild patchy opacity. Mild edema.",
-                         "graph": graph})
-    edited = {n["condition"]: n["graph"] for n in record["hard_negatives"]}[LO]
-    kept = [e["tokens"] for e in edited["entities"].values() if e["label"] == "OBS-DP"]
-    assert kept == ["mild", "edema"]
-    assert any(e["label"] == "OBS-DA" for e in edited["entities"].values())
+def test_a_record_may_bring_its_graph_also_under_a_key(tmp_path):
+    records = [{"id": "1", "report": "Effusion.", "graph": g} for g in (XL, {"0": XL}, {})]
+    assert [r["graph"] == XL for r in main(tmp_path, records)] == [True, True, False]
 
 
-NODE = XL["entities"]["2"]
-
-
-@pytest.mark.parametrize(("graph", "expected"), [
-    ({"0": []}, "a RadGraph record"), ({"0": {"0": XL}}, "a RadGraph record"), ([], "graph as"),
-    ("", "graph as"), (False, "graph as"), ({"text": "a", "entities": []}, "a RadGraph record"),
-    ({"entities": {}}, "with its text"), ({"text": 5, "entities": {}}, "with its text"),
-    (XL | {"entities": {"SECRET": NODE | {"relations": [["modify", "SECRET2"]]}}}, "entity 1: exp"),
-    (XL | {"entities": {"SECRET": NODE | {"relations": [["SECRET", ["1"]]]}}}, "entity 1: exp"),
-    (XL | {"entities": {"SECRET": NODE | {"relations": "SECRET"}}}, "entity 1: exp"),
-    (XL | {"entities": {"1": NODE, "SECRET": NODE | {"label": ["SECRET"]}}}, "entity 2: exp"),
-    (XL | {"entities": {"1": NODE, "SECRET": {"tokens": "a", "label": "OBS-U"}}}, "start_ix and"),
-    (XL | {"entities": {"SECRET": "SECRET"}}, "entity 1: exp"),
-])
-def test_a_graph_that_is_no_record_is_an_error_of_its_line(tmp_path, graph, expected):
-    records = [{"id": "0", "report": "Effusion.", "graph": XL},
-               {"id": "1", "report": "Effusion.", "graph": {"0": XL}},
-               {"id": "2", "report": "Effusion.", "graph": {}}]
-    options = ["--out", str(tmp_path / "out.jsonl"), "--workers", "1"]
-    N.main([str(write(tmp_path / "in.jsonl", records)), *options])
-    assert [r["graph"] == XL for r in read(tmp_path / "out.jsonl")] == [True, True, False]
-    records.insert(1, {"id": "SECRET", "report": "SECRET", "graph": graph})
-    began = time.perf_counter()
-    with pytest.raises(UserError, match=f"in.jsonl:2: .*{expected}") as error:
-        N.main([str(write(tmp_path / "in.jsonl", records)), *options])
-    assert "SECRET" not in str(error.value) and time.perf_counter() - began < 5
-
-
-def test_official_negatives_are_not_overwritten(tmp_path):
-    source = write(tmp_path / "in.jsonl", [{"id": "cxr-align/1", "report": "Effusion."}])
-    with pytest.raises(ValueError, match="in.jsonl:1: expected another set than CXR-Align"):
-        N.main([str(source), "--out", str(tmp_path / "out.jsonl"), "--workers", "1"])
-
-
-# ---- files
 def manifest(path, studies=300):
     reports = [REPORT, "Lungs are clear.", "", "Stable cardiomegaly. Effusion.", "No edema."]
     return write(path, [{"id": f"made/{i}", "report": reports[i % 5] + f" Clip {i}."}
                         for i in range(studies)])
 
 
+def start(source, out, workers):
+    """negations.py as a process, which Ctrl-C can end also where it runs in the background."""
+    words = [sys.executable, N.__file__, str(source), "--out", str(out), "--workers", str(workers)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
 def test_output_is_byte_identical_for_any_number_of_workers(tmp_path):
     source = manifest(tmp_path / "in.jsonl")
-    done = run(source, "--out", tmp_path / "3.jsonl", "--workers", 3)
-    assert done.returncode == 0, done.stderr
-    N.main([str(source), "--out", str(tmp_path / "1.jsonl"), "--workers", "1"])
-    N.main([str(source), "--out", str(tmp_path / "seed.jsonl"), "--workers", "1", "--seed", "1"])
-    one, three, seed = (tmp_path.joinpath(f"{name}.jsonl").read_bytes() for name in (1, 3, "seed"))
+    process = start(source, tmp_path / "3.jsonl", 3)
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    for seed in ("0", "1"):
+        N.main([str(source), "--out", str(tmp_path / seed), "--workers", "1", "--seed", seed])
+    one, other, three = (tmp_path.joinpath(name).read_bytes() for name in ("0", "1", "3.jsonl"))
     assert one == three and one.count(b"\n") == 300
-    assert seed != one  # negative control
-    assert "studies" in done.stdout and "Clip" not in done.stdout + done.stderr  # no report text
+    assert other != one  # negative control
+    assert "studies" in printed and "Clip" not in printed + errors  # no report text
     assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_an_interrupted_run_leaves_the_old_output(tmp_path):
     source, out = manifest(tmp_path / "in.jsonl", 20_000), tmp_path / "out.jsonl"
     out.write_text("old")
-    process = subprocess.Popen([sys.executable, N.__file__, str(source), "--out", str(out),
-                                "--workers", "1"], stdout=subprocess.PIPE,
-                               # a shell's background job would ignore it
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = start(source, out, 1)
     while process.poll() is None and len(list(tmp_path.iterdir())) < 3:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
@@ -564,92 +506,70 @@ def test_an_interrupted_run_leaves_the_old_output(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def start_two_workers(tmp_path):
-    """A run over a long manifest: (its process, its workers' numbers), once both are there."""
-    source = manifest(tmp_path / "in.jsonl", 20_000)
-    process = subprocess.Popen([sys.executable, N.__file__, str(source), "--out",
-                                str(tmp_path / "out.jsonl"), "--workers", "2"],
-                               stderr=subprocess.PIPE, text=True)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    workers = []
-    while process.poll() is None and len(workers) < 2:
-        time.sleep(0.05)
-        workers = [pid for pid in children.read_text().split()
-                   if b"negations" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    assert len(workers) == 2
-    return process, workers
-
-
-def test_a_killed_worker_is_one_line(tmp_path):
-    process, workers = start_two_workers(tmp_path)
-    os.kill(int(workers[0]), signal.SIGKILL)
-    _, errors = process.communicate()
-    assert process.returncode == 2 and errors.count("\n") == 1
-    assert "process was killed" in errors
+NODE = XL["entities"]["2"]
+NOT_GRAPHS = [  # of a record, and what was expected
+    ([], "graph as dict"), ("", "graph as dict"), (False, "graph as dict"), ([1], "graph as dict"),
+    *((graph, "a RadGraph record") for graph in (
+        {"0": []}, {"0": {"0": XL}}, {"text": "a", "entities": []})),
+    *((graph, "with its text") for graph in ({"entities": {}}, {"text": 5, "entities": {}})),
+    *((XL | {"entities": {"SECRET": node}}, "entity 1: exp") for node in (
+        NODE | {"relations": [["modify", "SECRET2"]]}, NODE | {"relations": "SECRET"}, "SECRET")),
+    (XL | {"entities": {"1": NODE, "SECRET": NODE | {"label": ["SECRET"]}}}, "entity 2: exp"),
+    (XL | {"entities": {"1": NODE, "SECRET": {"tokens": "SECRET", "label": "OBS-U"}}},
+     "entity 2: expected start_ix and relations")]
 
 
 def test_mistakes_name_file_and_line_and_show_no_report(tmp_path):
     good = json.dumps({"id": "1", "report": "SECRET effusion."})
-    source = tmp_path / "in.jsonl"
-    for bad, expected in [("{SECRET", "JSON object"), ('["SECRET"]', "JSON object"),
-                          ('{"id": 5, "report": "SECRET"}', "id, report as texts"),
-                          ('{"id": "1"}', "an object with id, report"),
-                          ('{"id": "1", "report": ["SECRET"]}', "id, report as texts"),
-                          ('{"id": "1", "report": "SECRET", "graph": [1]}', "graph as dict"),
-                          ('{"id": "1", "report": "SECRET", "graph": {"text": "a", "entities": {'
-                           '"1": {"tokens": "a", "label": "OBS-DP"}}}}', "start_ix and relations"),
-                          ('{"id": "1", "report": "SECRET", "original_report": null}',
-                           "original_report as str")]:
-        source.write_text(f"{good}\n\n{bad}\n")
+    source, out = tmp_path / "in.jsonl", str(tmp_path / "out.jsonl")
+    wrong = {"id": "SECRET", "report": "SECRET"}
+    bad_lines = [
+        ("{SECRET", "JSON object"), ('["SECRET"]', "JSON object"), ("\xff", "object in UTF-8"),
+        *((json.dumps(wrong | {"graph": graph}), expected) for graph, expected in NOT_GRAPHS),
+        *((json.dumps(record), expected) for record, expected in (
+            (wrong | {"id": 5}, "id, report as texts"), ({"id": "1"}, "an object with id, report"),
+            (wrong | {"id": "cxr-align/1"}, "another set than CXR-Align"),
+            (wrong | {"labels": {"Heart": 1}}, "conditions among Enlarged"),
+            (wrong | {"labels": {C: 2}}, "labels out of"),
+            (wrong | {"report": ["SECRET"]}, "id, report as texts"),
+            (wrong | {"original_report": None}, "original_report as str")))]
+    for bad, expected in bad_lines:
+        source.write_bytes(f"{good}\n\n{bad}\n".encode("latin-1"))
         with pytest.raises(UserError, match=f"^{source}:3: ") as caught:
-            N.main([str(source), "--out", str(tmp_path / "out.jsonl"), "--workers", "1"])
+            N.main([str(source), "--out", out, "--workers", "1"])
         message = str(caught.value)
         assert expected in message and "SECRET" not in message and "\n" not in message
         assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]  # nothing is left
-    done = run(source, "--out", tmp_path / "out.jsonl", "--workers", 2)  # the last, by processes
-    assert done.returncode == 2 and done.stderr == f"error: {message}\n"
     source.write_text(good + "\n")
-    os.mkfifo(tmp_path / "fifo")
-    for out in (tmp_path, tmp_path / "fifo", "/dev/null"):
-        with pytest.raises(UserError, match="expected a regular file"):
-            N.main([str(source), "--out", str(out)])
-    with pytest.raises(UserError, match="--out .*: expected another file than the one"):
-        N.main([str(source), "--out", str(source)])
+    for words, expected in (
+            ([source, "--out", tmp_path], "expected a regular file"),
+            ([source, "--out", source], "--out .*: expected another file than the one"),
+            ([tmp_path / "none.jsonl", "--out", out], "none.jsonl"),
+            ([source, "--out", out, "--labeler", "chexbert"], "--chexbert CKPT")):
+        with pytest.raises(UserError, match=expected):
+            N.main([str(word) for word in words])
     assert source.read_text() == good + "\n"
-    source.write_bytes(b'{"id": "\xff"}\n')
-    with pytest.raises(ValueError, match="in.jsonl:1: expected one JSON object in UTF-8"):
-        list(N.read_jsonl(source))
-    with pytest.raises(UserError, match="none.jsonl"):
-        N.main([str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "out.jsonl")])
 
 
 def test_labels_of_the_manifest_can_be_given(tmp_path, capsys):
-    source = write(tmp_path / "in.jsonl", [
-        {"id": "1", "report": "Cardiomegaly. Effusion.", "labels": {C: 1, PN: 1}}])
-    out = tmp_path / "out.jsonl"
-    N.main([str(source), "--out", str(out), "--labeler", "given", "--workers", "1"])
-    record = read(out)[0]
-    assert record["labels"] == {C: 1, PN: 1}
-    assert [(n["condition"], n["labels"]) for n in record["hard_negatives"]] == [(C, {C: 0, PN: 1})]
-    assert re.search("does not state: no negative +1\n", capsys.readouterr().out)
-    write(source, [{"id": "1", "report": "Edema."}, {"id": "2", "report": "Edema.", "labels": {}}])
-    N.main([str(source), "--out", str(out), "--labeler", "given", "--workers", "1"])
-    assert [record["labels"] for record in read(out)] == [{ED: 1}] * 2
+    labels = {C: 1, PN: 1, PT: 1}
+    [record] = main(tmp_path, [{"id": "1", "report": "Cardiomegaly. Effusion.", "labels": labels}],
+                    "--labeler", "given")
+    assert record["labels"] == labels
+    assert [(n["condition"], n["labels"]) for n in record["hard_negatives"]] == [
+        (C, labels | {C: 0})]
+    assert re.search("does not state: no negative +2\n", capsys.readouterr().out)
+    records = main(tmp_path, [{"id": "1", "report": "Edema."},
+                              {"id": "2", "report": "Edema.", "labels": {}}], "--labeler", "given")
+    assert [record["labels"] for record in records] == [{ED: 1}] * 2
     assert re.search("labels: not given, made by rule +2\n", capsys.readouterr().out)
-    for labels, expected in [({"labels": {"Heart": 1}}, "conditions among Enlarged"),
-                             ({"labels": {C: 2}}, "labels out of")]:
-        write(source, [{"id": "1", "report": "Cardiomegaly."} | labels])
-        with pytest.raises(ValueError, match=f"in.jsonl:1: expected {expected}"):
-            N.main([str(source), "--out", str(out), "--labeler", "given", "--workers", "1"])
 
 
 @pytest.mark.parametrize(("strange", "warned"), [(1, False), (2, True)])
 def test_texts_that_are_not_understood_are_counted_and_warned_about(
         tmp_path, capsys, strange, warned):
     reports = ["Derrame pleural."] * strange + ["Lungs are clear."] * (20 - strange)
-    source = write(tmp_path / "in.jsonl", [{"id": str(i), "report": r}
-                                           for i, r in enumerate(reports)])
-    N.main([str(source), "--out", str(tmp_path / "out.jsonl"), "--workers", "1"])
+    main(tmp_path, [{"id": str(i), "report": report} for i, report in enumerate(reports)])
     printed = capsys.readouterr().out
     assert re.search(f"not understood +{strange}\n", printed)
     assert re.search(f"of No Finding +{20 - strange}\n", printed)
@@ -696,45 +616,42 @@ def test_chexbert_gives_the_argmax_of_each_head_whatever_the_batch(chexbert):
     assert len(set(map(str, labels))) > 1  # negative control: the text matters
 
 
-@pytest.mark.parametrize("fault", ["missing", "unknown", "shape", "sizes", "pickle", "cut",
-                                   "no vocabulary", "other vocabulary"])
-def test_chexbert_is_strict_about_its_checkpoint(chexbert, tmp_path, monkeypatch, fault):
+def test_chexbert_is_strict_about_its_checkpoint_and_its_vocabulary(chexbert, tmp_path):
     import torch
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     path, state, *_ = chexbert
-    state, bad = dict(state), tmp_path / "bad.pth"
-    if fault == "missing":
-        del state["module.linear_heads.13.bias"]
-    if fault == "unknown":
-        state["module.extra"] = torch.zeros(1)
-    if fault == "shape":
-        state["module.linear_heads.0.bias"] = torch.zeros(5)
-    torch.save({"model_state_dict": state if fault != "pickle" else os.system}, bad)
-    if fault == "cut":
-        bad.write_bytes(bad.read_bytes()[:1000])
+    bad, vocabulary = tmp_path / "bad.pth", tmp_path / "vocab.txt"
     words = (path.parent / "vocab.txt").read_text()
-    if fault == "other vocabulary":
-        words += "lung\n"
-    if fault != "no vocabulary":
-        (tmp_path / "vocab.txt").write_text(words)
-    expected = "vocab.txt: expected" if "vocabulary" in fault else "CheXbert's weights"
-    with pytest.raises(UserError, match=expected):
-        N.CheXbert(bad, **(SIZES if fault != "sizes" else SIZES | {"num_hidden_layers": 1}))
+    vocabulary.write_text(words)
+    last = "module.linear_heads.13.bias"
+    for weights, sizes in (({name: state[name] for name in state if name != last}, {}),
+                           (state | {last: torch.zeros(5)}, {}), (os.system, {}),
+                           (state | {"module.extra": torch.zeros(1)}, {}),
+                           (state, {"num_hidden_layers": 1})):
+        torch.save({"model_state_dict": weights}, bad)
+        with pytest.raises(UserError, match="CheXbert's weights"):
+            N.CheXbert(bad, **SIZES | sizes)
+    N.CheXbert(bad, **SIZES)  # negative control: the last, with its own sizes
+    for spoil in (lambda: vocabulary.write_text(words + "lung\n"), vocabulary.unlink):
+        spoil()
+        with pytest.raises(UserError, match="vocab.txt: expected"):
+            N.CheXbert(bad, **SIZES)
+    bad.write_bytes(bad.read_bytes()[:1000])
+    with pytest.raises(UserError, match="CheXbert's weights"):
+        N.CheXbert(bad, **SIZES)
 
 
 def test_chexbert_labels_a_manifest(chexbert, tmp_path, monkeypatch):
-    path, source, out = chexbert[0], manifest(tmp_path / "in.jsonl", 70), tmp_path / "out.jsonl"
     monkeypatch.setattr(N, "CheXbert", functools.partial(N.CheXbert, **SIZES))
-    with pytest.raises(ValueError, match="--chexbert CKPT"):
-        N.main([str(source), "--out", str(out), "--labeler", "chexbert"])
-    N.main([str(source), "--out", str(out), "--labeler", "chexbert", "--chexbert", str(path)])
-    records = read(out)
-    assert [r["labels"] for r in records] == N.CheXbert(path)([r["report"] for r in records])
+    records = main(tmp_path, read(manifest(tmp_path / "in.jsonl", 70)),
+                   "--labeler", "chexbert", "--chexbert", chexbert[0])
+    assert [r["labels"] for r in records] == N.CheXbert(chexbert[0])(
+        [r["report"] for r in records])
 
 
 @pytest.mark.parametrize("text", [
-    "heart and " * 1500, "effusion, " * 1500, "the lungs " * 2000, "stable compared to the " * 800,
-    "normal heart size and " * 700, "opacity may represent atelectasis or pneumonia with " * 300,
+    "effusion and heart " * 7000, "heart and " * 1500, "effusion, " * 1500, "the lungs " * 2000,
+    "stable compared to the " * 800, "normal heart size and " * 700,
+    "opacity may represent atelectasis or pneumonia with " * 300,
     "\u0130 effusion \u1e9e " * 200, "1. " * 3000, "effusion\x00 \u2028 edema"])
 def test_hostile_reports_end_soon(text):
     began = time.perf_counter()
@@ -771,18 +688,17 @@ def held_out(uid):
 
 def scores(studies, positive):
     """{condition: (precision, recall, F1, n)}, micro and macro F1; positive(study) -> names."""
-    count = Counter()
-    for study in studies:
-        said = positive(study)
-        for c, columns in SHARED.items():
-            count[c, any(study[2][k] == "1" for k in columns), c in said] += 1
-    rows, total = {}, Counter()
-    for c in SHARED:
-        hit, extra, missed = count[c, True, True], count[c, False, True], count[c, True, False]
-        total.update(hit=hit, wrong=extra + missed)
-        rows[c] = (hit / max(1, hit + extra), hit / max(1, hit + missed),
-                   2 * hit / max(1, 2 * hit + extra + missed), hit + missed)
-    micro = 2 * total["hit"] / (2 * total["hit"] + total["wrong"])
+    said = [positive(study) for study in studies]
+    rows, all_right, all_wrong = {}, 0, 0
+    for c, columns in SHARED.items():
+        true = {i for i, study in enumerate(studies) if any(study[2][k] == "1" for k in columns)}
+        found = {i for i, names in enumerate(said) if c in names}
+        right, wrong = len(true & found), len(true ^ found)
+        rows[c] = (right / max(1, len(found)), right / max(1, len(true)),
+                   2 * right / max(1, 2 * right + wrong), len(true))
+        all_right += right
+        all_wrong += wrong
+    micro = 2 * all_right / (2 * all_right + all_wrong)
     return rows, micro, sum(f for _, _, f, _ in rows.values()) / len(rows)
 
 
@@ -826,10 +742,11 @@ def pipeline_counts():
             n["denied"] += N.label_report(rn).get(c) == 0
             n["unchanged"] += record["report"] in (rr, rn)
             n["nothing left"] += rr == N.NOTHING_LEFT
-            for other in N.positives(after):
-                n["others"] += other != c
-                n["kept"] += other != c and all(
-                    N.label_report(t).get(other) == 1 for t in (rr, rn))
+            others = set(N.positives(after)) - {c}
+            n["others"] += len(others)
+            for text in (rr, rn):
+                others &= set(N.positives(N.label_report(text)))
+            n["kept"] += len(others)
             n["true"] += N.label_report(rn).get(NF) == negative["labels"].get(NF)
     return n
 

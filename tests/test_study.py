@@ -6,6 +6,7 @@ SPDX-License-Identifier: MIT
 import json
 import re
 import statistics
+from collections import Counter
 
 import pytest
 import study
@@ -28,6 +29,12 @@ def record(scores, result="test", data="phantom"):
         runs[f"{data}-{row}-{seed}"] = {"set": data, "row": row, "seed": seed, "commit": "abc",
                                         "command": "-", "positives": {}, "results": results}
     return {"runs": runs}
+
+
+def scores_of(rows, metric="A"):
+    """Scores on the phantom of {row: the metric's values, one a seed}."""
+    return study.Scores(record({(row, seed): {metric: value} for row, values in rows.items()
+                                for seed, value in enumerate(values)}), "phantom")
 
 
 def full_record():
@@ -57,25 +64,18 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_a_difference_leaves_the_seeds_own_level_out():
-    noise = {("clip", 0): 1, ("clip", 1): -1, ("clip-n", 0): -1, ("clip-n", 1): 1}
-    values = {}
-    for (row, seed), error in noise.items():
-        level = {"clip": 50, "clip-n": 60}[row]
-        values[row, seed] = {"ZS AUC": level + 20 * seed + error}
-    scores = study.Scores(record(values), "phantom")
-    difference = scores.difference("ZS AUC", {"clip-n": 1, "clip": -1})
+    scores = scores_of({"clip": [50 + 1, 70 - 1], "clip-n": [60 - 1, 80 + 1]})
+    difference = scores.difference("A", {"clip-n": 1, "clip": -1})
     assert difference.value == pytest.approx(10) and difference.seeds == 2
     # residuals of 1 point, 4 of them with (2 - 1)(2 - 1) degrees of freedom: s = 2; 2 sums of 2
     assert difference.error == pytest.approx(2.0)
-    assert scores.difference("ZS AUC", {"clip-dt": 1, "clip": -1}) is None  # was never run
-    assert scores.difference("A", {"clip-n": 1, "clip": -1}) is None        # was not measured
+    assert scores.difference("A", {"clip-dt": 1, "clip": -1}) is None  # was never run
+    assert scores.difference("B", {"clip-n": 1, "clip": -1}) is None   # was not measured
 
 
 def test_sigmoid_rows_have_seeds_and_noise_of_their_own():
-    values = {(row, seed): {"A": 10 * seed} for row in ("clip", "clip-n") for seed in range(3)}
-    values |= {(row, seed): {"A": 10 * seed + (1 if (row == "clip+sigmoid") == (seed == 0) else -1)}
-               for row in ("clip+sigmoid", "clip-dtc+sigmoid") for seed in range(2)}
-    scores = study.Scores(record(values), "phantom")
+    scores = scores_of({"clip": [0, 10, 20], "clip-n": [0, 10, 20],
+                        "clip+sigmoid": [1, 9], "clip-dtc+sigmoid": [-1, 11]})
     softmax = scores.difference("A", {"clip-n": 1, "clip": -1})
     sigmoid = scores.difference("A", {"clip-dtc+sigmoid": 1, "clip+sigmoid": -1})
     assert (softmax.seeds, softmax.value, softmax.error) == (3, 0, 0)
@@ -83,9 +83,7 @@ def test_sigmoid_rows_have_seeds_and_noise_of_their_own():
 
 
 def test_the_noise_of_softclip_is_no_other_systems():
-    values = {(row, seed): {"A": 50 + 10 * seed} for row in ("clip", "clip-n") for seed in range(3)}
-    values |= {("softclip", seed): {"A": x} for seed, x in enumerate((20, 60, 10))}
-    scores = study.Scores(record(values), "phantom")
+    scores = scores_of({"clip": [50, 60, 70], "clip-n": [50, 60, 70], "softclip": [20, 60, 10]})
     assert scores.difference("A", {"clip-n": 1, "clip": -1}).error == 0
     softclip = scores.difference("A", {"softclip": 1, "clip": -1})
     paired = [20 - 50, 60 - 60, 10 - 70]  # its own differences alone
@@ -94,11 +92,8 @@ def test_the_noise_of_softclip_is_no_other_systems():
 
 
 def test_as_many_seeds_as_promised_decide():
-    difference = study.Difference(value=1.0, error=1.0, seeds=3, freedom=4)
-    seeds = difference.seeds_to_decide()
-    assert seeds == 12
-    error = difference.error * (difference.seeds / seeds) ** 0.5
-    assert difference.value >= 2 * error
+    # 12 seeds instead of 3 halve the error, so that 1 is two of it
+    assert study.Difference(value=1.0, error=1.0, seeds=3, freedom=4).seeds_to_decide() == 12
     assert study.Difference(0.0, 1.0, 3, 2).seeds_to_decide() == float("inf")
 
 
@@ -111,7 +106,7 @@ def test_chance_is_students(ratio, freedom, expected):
 @pytest.mark.parametrize("value,sign,expected", [
     (5, 1, "holds"), (1, 1, "undecided"), (-5, 1, "does not"), (-5, -1, "holds"),
     (5, -1, "does not"), (-1, 0, "holds"), (1, 0, "undecided"), (5, 0, "does not")])
-def test_a_claim_holds_beyond_two_standard_errors(value, sign, expected):
+def test_a_difference_counts_beyond_two_standard_errors(value, sign, expected):
     assert study.verdict(value, 1.0, sign) == expected
 
 
@@ -147,9 +142,7 @@ def test_the_first_seeds_of_everything_come_before_the_last():
     runs = study.planned_runs(["phantom", "openi"])
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     assert len({run.name for run in runs}) == len(runs)
-    seeds = {(run.set, run.row): 0 for run in runs}
-    for run in runs:
-        seeds[run.set, run.row] += 1
+    seeds = Counter((run.set, run.row) for run in runs)
     assert seeds["phantom", "clip"] == 6 and seeds["openi", "clip"] == 5
     assert seeds["phantom", "clip+sigmoid"] == 3 and seeds["openi", "clip+sigmoid"] == 3
     again = study.planned_runs(["phantom", "openi"], seeds=4)
@@ -158,10 +151,10 @@ def test_the_first_seeds_of_everything_come_before_the_last():
 
 def test_a_sweep_moves_one_value_and_has_its_base_once():
     runs = study.planned_runs(["phantom-sweep", "openi-sweep"])
-    names = [run.name for run in runs]
-    assert names.count("phantom-sweep-base") == names.count("openi-sweep-base") == 1
-    moved = next(run for run in runs if run.name == "openi-sweep-tau-text-0.9")
-    assert moved.flags[-4:] == ("--tau-text", "0.9", "--tau-clinical", "0.5")
+    flags = {run.name: run.flags for run in runs}
+    assert len(flags) == len(runs) and {"phantom-sweep-base", "openi-sweep-base"} < flags.keys()
+    moved = flags["openi-sweep-tau-text-0.9"]
+    assert moved[-4:] == ("--tau-text", "0.9", "--tau-clinical", "0.5")
 
 
 # ---------------------------------------------------------------- the page
@@ -171,15 +164,11 @@ def test_the_committed_page_is_what_the_committed_record_says():
     assert study.page(read_json(study.RECORD)) == study.PAGE.read_text(encoding="utf-8")
 
 
-def test_the_record_is_written_and_read_alike():
+def test_a_full_record_gives_every_table_and_verdict():
     whole = full_record()
     text = study.record_text(whole)
-    assert json.loads(text) == whole
-    assert len(text.splitlines()) > len(whole["runs"])  # one run a line
-
-
-def test_a_full_record_gives_every_table_and_verdict():
-    page = study.page(full_record())
+    assert json.loads(text) == whole and len(text.splitlines()) > len(whole["runs"])  # a line each
+    page = study.page(whole)
     assert "**not run**" not in page
     # systems are one point apart in the order of NAMES, noise is 0.1: all differences count
     assert "| C10 SoftCLIP falls below CLIP | SoftCLIP +1.0 ± 0.0 | **does not** |" in page
@@ -191,13 +180,9 @@ def test_a_full_record_gives_every_table_and_verdict():
 
 
 def test_an_undecided_claim_says_how_many_seeds_would_decide_it():
-    whole = full_record()
-    for run in whole["runs"].values():
-        metrics = run["results"]["test"]["metrics"]
-        metrics["F1"] = score(50 + (run["row"] == study.FULL) + 9 * ((run["seed"] * 5) % 3 - 1)
-                              * (1 if len(run["row"]) % 2 else -1))
-    text, outcome, _ = study.judge(study.Scores(whole, "phantom"),
-                                   study.CLAIMS["C7 the full method raises retrieval F1"])
+    scores = scores_of({"clip": [50, 59, 68], study.FULL: [69, 60, 51]}, "F1")
+    claim = study.CLAIMS["C7 the full method raises retrieval F1"]
+    text, outcome, _ = study.judge(scores, claim)
     assert outcome == "undecided" and "seeds)" in text
 
 
@@ -221,12 +206,10 @@ def test_plain_prompts_are_ours_without_the_normal_sentences(folder):
         (folder / run.name).mkdir()
         sides = read_prompts(study.plain_prompts(run))
         assert len(sides) == classes
-        assert sides["Edema"] == [["Pulmonary edema.", "There is pulmonary edema.",
-                                   "Pulmonary edema is seen."],
-                                  ["No pulmonary edema.", "There is no pulmonary edema.",
-                                   "No pulmonary edema is seen."]]
-        assert not any("No acute" in text for pair in sides.values() for side in pair
-                       for text in side)
+        assert sides["Edema"] == [
+            ["Pulmonary edema.", "There is pulmonary edema.", "Pulmonary edema is seen."],
+            ["No pulmonary edema.", "There is no pulmonary edema.", "No pulmonary edema is seen."]]
+        assert "No acute" not in json.dumps(sides)
 
 
 def test_thresholds_are_a_table_and_a_figure(tmp_path):
@@ -244,25 +227,19 @@ def test_thresholds_are_a_table_and_a_figure(tmp_path):
     assert (tmp_path / "t.png").stat().st_size > 5000
 
 
-def test_the_report_of_an_empty_folder_has_no_verdicts(folder, capsys):
-    study.main(["report"])
-    page = study.PAGE.read_text(encoding="utf-8")
-    assert "## Verdicts" not in page and "0 runs" in capsys.readouterr().out
-
-
 # ---------------------------------------------------------------- data and runs
 
 
 def test_no_patient_of_openis_test_rows_trains_and_validation_stays(folder):
     lines = []
     for i in range(600):
-        report = "The heart is enlarged." if i % 2 else "No acute disease."
-        normal = 1 - i % 2
-        lines.append({"id": f"openi/{i}", "root": str(folder), "image": f"{i}.png",
-                      "patient": str(i // 2), "report": report, "labels": {"No Finding": normal}}
-                     | ({"targets": {"No Finding": normal}} if i % 3 else {}))
-    whole = folder / "openi_neg.jsonl"
-    whole.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+        report, normal = ("No acute disease.", 1) if i % 2 == 0 else ("The heart is enlarged.", 0)
+        line = {"id": f"openi/{i}", "root": str(folder), "image": f"{i}.png",
+                "patient": str(i // 2), "report": report, "labels": {"No Finding": normal}}
+        if i % 3:
+            line["targets"] = line["labels"]
+        lines.append(json.dumps(line))
+    (folder / "openi_neg.jsonl").write_text("\n".join(lines), encoding="utf-8")
     patients = {}
     for seed in range(len(study.TENTHS)):
         runs = [study.Run("-", "openi", row, seed, ()) for row in ("clip", "clip+normals")]
@@ -281,12 +258,15 @@ def test_no_patient_of_openis_test_rows_trains_and_validation_stays(folder):
     assert len(set.union(*tested)) == sum(map(len, tested))  # no patient in two
 
 
-def test_a_tiny_study_trains_evaluates_and_reports(folder, monkeypatch):
+def test_a_tiny_study_trains_evaluates_and_reports(folder, monkeypatch, capsys):
     small = ("--max-steps", "2", "--batch-size", "8", "--image-size", "32", "--width", "32")
     monkeypatch.setattr(study, "PLAN", (("phantom", "", ("clip",), 1, small),))
     monkeypatch.setattr(study, "TRAIN_STUDIES", 60)
     monkeypatch.setattr(study, "TEST_STUDIES", 60)
     words = ["--sets", "phantom", "--parallel", "1"]
+    study.main(["report"])  # of nothing
+    assert "## Verdicts" not in study.PAGE.read_text(encoding="utf-8")
+    assert "0 runs" in capsys.readouterr().out
     with pytest.raises(UserError, match="phantom-clip-0: not trained yet"):
         study.main(["evaluate", *words])
     study.main(["train", *words])
@@ -315,14 +295,11 @@ def test_a_tiny_study_trains_evaluates_and_reports(folder, monkeypatch):
     assert not trained.exists()
 
 
-def test_a_failed_run_is_named(folder):
-    run = study.Run("broken", "phantom", "clip", 0, ("--no-such-flag",))
+def test_wrong_use_and_failed_runs_are_one_line(folder):
+    broken = study.Run("broken", "phantom", "clip", 0, ("--no-such-flag",))
     with pytest.raises(UserError, match="broken: training failed, see .*output.txt"):
-        study.do_all(study.train, [run], 1, "train")
-    assert "--no-such-flag" in study.result_file(run, "output").with_suffix(".txt").read_text()
-
-
-def test_wrong_use_is_one_line(folder):
+        study.do_all(study.train, [broken], 1, "train")
+    assert "--no-such-flag" in (folder / "results/broken/output.txt").read_text()
     with pytest.raises(UserError, match="expected --openi FOLDER"):
         study.main(["train"])
     with pytest.raises(UserError, match="data.py openi .*nowhere.*failed"):
