@@ -166,11 +166,11 @@ def normal_case(bench):
 
 
 def adversarial(bench):
-    """Tab. 4 (Sec. 5.4) ACC, "both": a present and an absent class of an image decided correctly;
-    "centred": the same after each image's scores have lost their mean.
+    """Tab. 4 (Sec. 5.4) ACC, "both": a present and an absent class of an image decided correctly,
+    often below chance since all findings of an image score high or low together; "centred": the
+    same after each image's scores have lost their mean.
 
-    All findings of an image score high or low together. Centring needs no label; its chance is
-    that of the image's scores dealt at random.
+    Centring needs no label; its chance is that of the image's scores dealt at random.
     """
     pairs = bench.pairs or draw_pairs(bench)  # (row, present class, absent class)
     if not pairs:
@@ -237,9 +237,9 @@ def retrieval(bench):
 def cxr_align(bench):
     """Tab. 6 (Sec. 5.6) A: an image is nearer to its report r than to the negation r^n; swapped A:
     an image without the finding is nearer to r^n; B: nearer to r than to r^r, the finding left out.
+    A model that only avoids negations, as Sec. 5.6 suspects, has a high A and a low swapped A.
 
-    Equal scores count one half. The other image is drawn by the seed. Whoever only avoids
-    negations, as Sec. 5.6 suspects, is right in A and wrong in swapped A.
+    Equal scores count one half. The other image is drawn by the seed.
     """
     rows = np.flatnonzero(bench.manifest.negatives)
     if not len(rows):
@@ -755,6 +755,9 @@ CURVES = {  # numbers of log.jsonl
     "positives_graph": "effective positives by graph"}
 
 
+HEIGHTS = {"curves": 8, "method": 9, "soft-labels": 5}  # of pictures, in inches; others 12
+
+
 def draw_figures(bench, tasks, run, args):
     """Write the pictures that the model, the tasks and the flags allow into --figures."""
     from matplotlib.figure import Figure  # which needs no window
@@ -768,7 +771,7 @@ def draw_figures(bench, tasks, run, args):
         if args.show_reports and bench.manifest.negatives.any():
             drawings["method"] = draw_method
     for name, draw in drawings.items():
-        figure = Figure((14, 12), layout="constrained")
+        figure = Figure((14, HEIGHTS.get(name, 12)), layout="constrained")
         draw(figure, bench, run)
         figure.savefig(f"{args.figures}/{name}.png")
     print(f"wrote {', '.join(drawings)} into {args.figures}")
@@ -794,7 +797,6 @@ def findings(labels):
 
 def draw_curves(figure, bench, run):
     """A run's numbers against steps, with a running mean; a step's last record counts."""
-    figure.set_size_inches(14, 8)
     log = [record | record.get("val", {}) for _, record in read_jsonl(run / "log.jsonl")]
     for ax, (name, words) in zip(figure.subplots(2, 3).flat, CURVES.items(), strict=True):
         points = {record["step"]: record[name] for record in log if record.get(name) is not None}
@@ -824,7 +826,8 @@ def draw_soft_labels(figure, bench, run):
         shares = ax.imshow(soft_labels(x @ x.T, tau), "Greys", vmin=0, vmax=1)  # (m, m)
         ax.set_title(f"soft labels, {name} stream, tau {tau}")
     ax.set(xticks=[], yticks=range(len(names)), yticklabels=names)
-    figure.colorbar(shares, ax=axes, shrink=0.5, label="share of a row's target; black: all")
+    figure.colorbar(shares, ax=axes, shrink=0.5, label="share of a row's target: black all, "
+                    "white none")
 
 
 def draw_roc(figure, bench, run):
@@ -838,7 +841,8 @@ def draw_roc(figure, bench, run):
         ordered = truth[np.argsort(-scores)]  # the highest score first
         true = np.cumsum([0, *(ordered == 1)])                                 # (n + 1,)
         false = np.cumsum([0, *(ordered == 0)])                                # (n + 1,)
-        ax.plot(false / false[-1], true / true[-1],
+        style = "-" if len(ax.lines) < 10 else "--"  # there are ten colours
+        ax.plot(false / false[-1], true / true[-1], style,
                 label=f"{name} {auroc(truth, scores):.3f}")
     ax.plot([0, 1], [0, 1], "k:", label="chance 0.500")
     ax.set(title="Zero-shot ROC and AUROC", xlabel="1 - specificity", ylabel="sensitivity")
@@ -870,7 +874,6 @@ def write(ax, place, text, width, lines, color="black"):
 
 def draw_method(figure, bench, run):
     """One study through Fig. 2 and Fig. 3: r, r^r and r^n, their graphs, then the soft labels."""
-    figure.set_size_inches(14, 9)
     row = np.flatnonzero(bench.manifest.negatives)[0]
     study = bench.manifest[row]
     negative = study["hard_negatives"][0]
@@ -883,6 +886,7 @@ def draw_method(figure, bench, run):
     write(words, 2 / 3, f"r^n, with its [denial]: {mark(r_r, negative['report'])}", 44, 9)
     draw_graph(graph, "graph of r (absent: red)", study.get("graph", {}))
     draw_graph(negated, "graph of r^n", negative.get("graph", {}))
+    bottom.suptitle("Soft labels of the first twelve studies")
     draw_soft_labels(bottom, bench, run)
 
 
@@ -902,10 +906,11 @@ def draw_graph(ax, title, record):
     places = np.exp(2j * np.pi * np.arange(len(phrases)) / len(phrases))       # (V,)
     ends = places[np.array(edges, int).reshape(-1, 2)].T                       # (2, E)
     ax.plot(ends.real, ends.imag, "0.7")
+    ax.plot(places.real, places.imag, ".", color="0.7")
     for place, phrase, label in zip(places, phrases, labels, strict=True):
         color = "tab:red" if label == "OBS-DA" else "black"
-        ax.text(place.real, place.imag, phrase, ha="center", color=color, backgroundcolor="white")
-    ax.set(title=title, xlim=(-1.5, 1.5), ylim=(-1.2, 1.2))
+        ax.text(1.6 * place.real, 1.2 * place.imag, phrase, ha="center", va="center", color=color)
+    ax.set(title=title, xlim=(-2.2, 2.2), ylim=(-1.5, 1.5))
     ax.set_axis_off()
 
 
@@ -937,6 +942,8 @@ def print_table(task, results):
         entry = result["tasks"][task]
         for column, metric in entry["cells"].items():
             chances.setdefault(column, entry["metrics"][metric]["chance"])
+    meaning = TASKS[task].__doc__.split("\n\n")[0]
+    print(f"{' '.join(meaning.split())}\n")
     print_row(task, chances)
     print_row("---", ["---"] * len(chances))
     for result in results:
@@ -949,8 +956,7 @@ def print_table(task, results):
         for name in classes:
             single = [f"{metric} {name}".replace("macro ", "") for metric in names]
             print_row(name, [cell(entry, metric) for metric in single])
-    meaning = TASKS[task].__doc__.split("\n\n")[0]
-    print(f"\n{' '.join(meaning.split())}\n", flush=True)
+    print(flush=True)
 
 
 def print_row(title, cells):

@@ -288,14 +288,14 @@ def train(args, device):
                 skipped_in_a_row += 1
             if skipped_in_a_row == MAX_SKIPPED:
                 raise UserError(f"step {step + 1}: {MAX_SKIPPED} steps without finite numbers "
-                                "(null in log.jsonl): lower --lr")
+                                "(null in log.jsonl): lower --lr, in another --out")
             # log
             took = time.perf_counter() - began
             log(folder, step=step + 1, epoch=step // epoch_steps, **values, lr=lr,
                 skipped=state["skipped"], data_wait=waited / took,
                 images_per_s=args.batch_size / took, memory_mb=memory_mb(device))
             bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False,
-                            positives=f"{values['positives_text']:.1f}")
+                            positives_text=f"{values['positives_text']:.1f}")
             # checkpoint, also before a validation
             if step + 1 in epoch_ends:
                 warn(values, state["unreadable"], args, path)
@@ -508,8 +508,8 @@ def start_record(args, folder, clip, studies, val_rows):
     clip.save_tokenizer(folder / "tokenizer")
     log(folder, argv=sys.argv)
     say(f"run folder    {folder}\n"
-        f"data          {len(studies):,} training and {len(val_rows):,} validation studies "
-        f"(without any: no best.pt), {WORLD} rank(s)")
+        f"data          {len(studies):,} training and {len(val_rows):,} validation studies, "
+        f"{WORLD} rank(s)")
 
 
 def write_checkpoint(path, content):
@@ -638,7 +638,7 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--train", help="manifest that negations.py wrote; none: the phantom, in runs/phantom")
-    add("--val", help="manifest whose val rows validate; none: those of --train")
+    add("--val", help="manifest whose val rows choose best.pt; none: those of --train")
     add("--image-root", help="overrides the manifest's image folder")
     add("--uncertain", choices=("positive", "negative"), default="positive",
         help="what an uncertain label counts as in C")

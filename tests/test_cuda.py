@@ -190,7 +190,7 @@ def test_a_killed_run_resumes_with_the_same_losses(phantom, tmp_path):
     started = start(phantom, out, *flags)
     wait_for(lambda: steps_done(out) >= 7)
     started.kill()
-    train.newest(out)
+    train.restore_newest(out)
     saved = state(out)["step"]
     flags += ["--max-steps", str(saved + 3)]
     expected = run(phantom, tmp_path / "whole", *flags)

@@ -106,7 +106,8 @@ def test_the_lines_that_use_a_trained_model_run(tmp_path, monkeypatch, capsys):
     model = ClinicalCLIP("tiny", "tiny", 16, 32)
     export_model(model, Path("runs/run-001"))
     deep = np.linspace(0, 40_000, 64 * 64).reshape(64, 64).astype(np.uint16)
-    Image.fromarray(deep).save("chest.png")
+    Path("runs/phantom/images").mkdir(parents=True)
+    Image.fromarray(deep).save("runs/phantom/images/000000.png")
     exec(block("import torch\nfrom data"), {})
     printed = re.fullmatch(r"edema (0\.\d\d)   pneumothorax (0\.\d\d)\n", capsys.readouterr().out)
     assert printed, "two probabilities"
