@@ -648,12 +648,9 @@ def test_a_bad_number_on_one_rank_skips_that_step_on_all(phantom, tmp_path):
     assert all(w.isfinite().all() for w in weights(out).values())
 
 
-def test_a_rate_that_explodes_stops_after_ten_steps_on_a_line_of_its_own(phantom, tmp_path, capsys,
-                                                                         monkeypatch):
-    flags = ["--train", str(phantom), "--out", str(tmp_path / "run"), *SMALL, "--lr", "1e6"]
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+def test_a_rate_that_explodes_stops_after_ten_steps_on_a_line_of_its_own(phantom, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
-        run_main(train.main)
+        run_main(lambda: run(phantom, tmp_path / "run", "--lr", "1e6"))
     assert left.value.code == 2
     assert re.search(r"\nerror: step \d+: 10 steps without finite numbers \(null in log.jsonl\): "
                      r"lower --lr\n$", capsys.readouterr().err)
@@ -809,29 +806,24 @@ def test_a_mistake_is_one_clear_line_and_exit_status_2(flags, message, phantom, 
         write(tmp_path / f"{name}.jsonl", [row | {"id": f"a/{k}"} for k, row in enumerate(rows)])
     (tmp_path / "bad.jsonl").write_text('{"id": "a/1", "image": "a.png"}\n{"id": \n')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--train", str(phantom), *flags])
     with pytest.raises(SystemExit) as left:
-        run_main(train.main)
+        run_main(lambda: train.main(["--train", str(phantom), *flags]))
     err = capsys.readouterr().err
     assert left.value.code == 2 and message in err.splitlines()[-1]
     assert "Traceback" not in err
     assert not list(tmp_path.glob("runs/run-*"))
 
 
-def test_the_phantoms_reports_are_annotated_by_the_rules_of_today(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "PHANTOM_STUDIES", 20)
-    first = Path(train.phantom()).read_text()
-    assert Path(train.phantom()).read_text() == first
-    annotate = train.annotate
-    monkeypatch.setattr(train, "annotate", lambda record: annotate(record) | {"rules": "new"})
-    assert Path(train.phantom()).read_text().count('"rules": "new"') == 20
-
-
-def test_the_default_command_needs_no_flag_but_a_step_limit(tmp_path, capsys, monkeypatch):
+def test_the_default_command_needs_no_flag_and_annotates_the_phantom_by_the_rules_of_today(
+        tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "PHANTOM_STUDIES", 200)
     train.main(["--max-steps", "1"])
     result = last_json(capsys)
     assert result["finished"] and result["system"] == "clip-ng-dtcg"
     assert (tmp_path / result["run"] / "last.pt").exists()
+    first = Path("runs/phantom/phantom_neg.jsonl").read_text()
+    assert Path(train.phantom()).read_text() == first
+    annotate = train.annotate
+    monkeypatch.setattr(train, "annotate", lambda record: annotate(record) | {"rules": "new"})
+    assert Path(train.phantom()).read_text().count('"rules": "new"') == 200
