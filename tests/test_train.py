@@ -134,8 +134,11 @@ def state(out, name="last.pt"):
     return load_checkpoint(Path(out) / name)["state"]
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def assert_bit_equal(a, b):
+    """Two runs have the same losses and weights."""
+    assert losses(a) == losses(b)
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
 def contents(out):
@@ -385,8 +388,7 @@ def test_a_killed_run_and_one_that_was_left_by_ctrl_c_resume_bit_by_bit(phantom,
             f"with --out {out} --resume latest") in started.read("err")
     started = start(phantom, out, *flags, ranks=2)
     assert started.wait() == [0, 0], started.read("err")
-    assert losses(out) == losses(uninterrupted / "2")
-    assert same(weights(out), weights(uninterrupted / "2"))
+    assert_bit_equal(out, uninterrupted / "2")
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in readers), 30)
 
 
@@ -407,8 +409,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(phantom, uninterrupted
         run(phantom, out, "--max-steps", "16", "--resume", str(out / "last.pt"))
     run(phantom, out, *flags)
     assert re.search("warning: passed over .*/last.pt: ", capsys.readouterr().err)
-    assert losses(out) == losses(uninterrupted / "1")
-    assert same(weights(out), weights(uninterrupted / "1"))
+    assert_bit_equal(out, uninterrupted / "1")
     assert damaged not in contents(out).values() and state(out, "previous.pt")["step"] == 16
     flip_a_bit(out / "last.pt")
     flip_a_bit(out / "previous.pt")
@@ -565,8 +566,7 @@ def test_a_signal_before_or_in_a_validation_loses_nothing(phantom, uninterrupted
     assert "saved after step 11;" in capsys.readouterr().err
     assert state(out)["validated"] == 10 and "best.pt" in contents(out)
     run(phantom, out, *flags)
-    assert losses(out) == losses(uninterrupted / "1")
-    assert same(weights(out), weights(uninterrupted / "1"))
+    assert_bit_equal(out, uninterrupted / "1")
 
 
 def wait_before_the_loop():
