@@ -330,10 +330,7 @@ def test_five_exclusive_classes_are_scored_as_one_choice(tmp_path):
 
     class Chooser(Blind):
         def encode_text(self, texts):  # only knows Edema, and likes it for every image
-            return torch.tensor([[1.0, 0] if "edema" in text else [0.8, 0.6] for text in texts])
-
-        def encode_image(self, pixels):
-            return torch.tensor([[1.0, 0]]).repeat(len(pixels), 1)
+            return torch.tensor([[1.0, 1, 1, "edema" in text] for text in texts])
 
     result = ev.zero_shot(bench(write(tmp_path, rows), Chooser()))
     assert value(result, "5-way accuracy") == pytest.approx(0.2)
@@ -515,12 +512,11 @@ def test_fine_tuning_says_which_split_is_missing(tmp_path):
 
 def test_a_hugging_face_clip_folder_is_measured_by_the_same_code(tmp_path, capsys):
     folder, out = make_hugging_face_clip(tmp_path / "clip"), tmp_path / "out.json"
-    ev.main([str(folder), "--data", str(toy(tmp_path)), "--split", "all", "--out", str(out),
-             "--resamples", "20", "--workers", "0"])
+    words = [str(folder), "--data", str(toy(tmp_path)), "--split", "all", "--workers", "0"]
+    ev.main([*words, "--resamples", "20", "--out", str(out)])
     result = json.loads(out.read_text())
     assert set(result["tasks"]) == set(ev.TASKS) and result["model"] == "clip"
-    ev.main([str(folder), "--data", str(toy(tmp_path)), "--split", "all", "--task", "retrieval",
-             "--resamples", "1"])
+    ev.main([*words, "--resamples", "1", "--task", "retrieval"])
     assert capsys.readouterr().out.endswith("not saved; give --out\n")
     assert not list(folder.glob("results*"))  # somebody else's folder is left alone
 

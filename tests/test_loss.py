@@ -179,8 +179,7 @@ def test_loss_and_gradients_equal_the_literal_equations(B, negatives, graphs, so
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("change", [
     {"w_text": 0.0}, {"w_clinical": 0.0}, {"w_graph": 0.0}, {"w_text": 3.5}, {"w_clinical": 3.5},
-    {"tau_text": 0.98},
-    {"tau_text": 0.0, "tau_clinical": 0.0, "tau_graph": 0.0},
+    {"tau_text": 0.98}, {"tau_text": 0.0, "tau_clinical": 0.0, "tau_graph": 0.0},
     {"tau_text": 0.98, "tau_clinical": 0.98, "tau_graph": 0.98},
 ])
 def test_any_weight_and_threshold_equals_the_literal_equations(change, framework):
