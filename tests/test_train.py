@@ -541,7 +541,7 @@ def test_two_nodes_train_together_and_one_process_goes_on(phantom, tmp_path):
 
 def test_a_signal_before_or_in_a_validation_loses_nothing(phantom, uninterrupted, tmp_path, capsys,
                                                           monkeypatch):
-    out, flags = tmp_path / "run", ["--max-steps", "16", "--workers", "1", "--resume", "latest"]
+    flags = ["--max-steps", "16", "--workers", "1", "--resume", "latest"]
     rate, validate = train.learning_rate, train.validate
 
     def signal_at_the_end_of_an_epoch(step, *inputs):
@@ -550,23 +550,25 @@ def test_a_signal_before_or_in_a_validation_loses_nothing(phantom, uninterrupted
         return rate(step, *inputs)
 
     def signal_while_validating(*inputs, **options):
-        for pid in (*(reader.pid for reader in mp.active_children()), os.getpid()):  # as torchrun
+        readers = mp.active_children()
+        assert readers
+        for pid in (*(reader.pid for reader in readers), os.getpid()):  # as torchrun does
             os.kill(pid, signal.SIGTERM)
         time.sleep(1)  # in which a reader that does not ignore it dies
         return validate(*inputs, **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "learning_rate", signal_at_the_end_of_an_epoch)
+    for name, fault, step, validated in (
+            ("learning_rate", signal_at_the_end_of_an_epoch, 10, 0),
+            ("validate", signal_while_validating, 11, 10)):
+        out = tmp_path / name
+        with monkeypatch.context() as patch:
+            patch.setattr(train, name, fault)
+            run(phantom, out, *flags)
+        assert f"saved after step {step};" in capsys.readouterr().err
+        assert state(out)["validated"] == validated
+        assert ("best.pt" in contents(out)) == (validated > 0)
         run(phantom, out, *flags)
-    assert "saved after step 10;" in capsys.readouterr().err
-    assert state(out)["validated"] == 0 and "best.pt" not in contents(out)
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "validate", signal_while_validating)
-        run(phantom, out, *flags)
-    assert "saved after step 11;" in capsys.readouterr().err
-    assert state(out)["validated"] == 10 and "best.pt" in contents(out)
-    run(phantom, out, *flags)
-    assert_bit_equal(out, uninterrupted / "1")
+        assert_bit_equal(out, uninterrupted / "1")
 
 
 def wait_before_the_loop():
