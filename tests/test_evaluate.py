@@ -8,22 +8,18 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_model import make_hugging_face_clip
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from test_model import make_hugging_face_clip  # noqa: E402
+import evaluate as ev
+from data import Manifest, UserError, run_main
+from model import ClinicalCLIP
 
-import evaluate as ev  # noqa: E402
-from data import Manifest, UserError, run_main  # noqa: E402
-from model import ClinicalCLIP  # noqa: E402
-
-ROOT = Path(__file__).resolve().parents[1]
 NORMAL_REPORT = "The lungs are clear."
 FINDINGS = ("Cardiomegaly", "Edema", "Pneumothorax")
 
@@ -215,10 +211,13 @@ def test_bootstrap_interval_covers_a_known_mean_and_is_fixed_by_its_seed():
 def test_a_thousand_resamples_of_25000_images_and_15_classes_take_seconds():
     rng, names = np.random.default_rng(0), "abcdefghijklmno"
     scores, truth = rng.random((25_000, 15)), (rng.random((25_000, 15)) < 0.1).astype(np.float32)
-    start = time.process_time()
-    result = ev.bootstrap(lambda rows: ev.classification(truth[rows], scores[rows], names, names),
-                          rng.integers(0, 12_000, 25_000), resamples=20)
-    assert (time.process_time() - start) * 1000 / 20 < 25
+    patients, seconds = rng.integers(0, 12_000, 25_000), []
+    for _ in range(3):  # the least counts: a busy machine costs every process time
+        start = time.process_time()
+        result = ev.bootstrap(lambda rows: ev.classification(truth[rows], scores[rows], names,
+                                                             names), patients, resamples=20)
+        seconds.append(time.process_time() - start)
+    assert min(seconds) * 1000 / 20 < 25
     low, high = result["macro AUROC"]["interval"]
     assert low < result["macro AUROC"]["value"] < high
 
@@ -229,16 +228,22 @@ def test_a_thousand_resamples_of_25000_images_and_15_classes_take_seconds():
 def test_a_model_that_sees_solves_every_task_and_a_blind_one_none(tmp_path):
     path = toy(tmp_path)
     sees, blind = bench(path), bench(path, Blind())
-    assert value(ev.zero_shot(sees), "macro AUROC") == 1
-    assert value(ev.zero_shot(blind), "macro AUROC") == 0.5
-    for task, metric, tied in ((ev.cxr_align, "A", 0.5), (ev.cxr_align, "B", 0.5),
-                               (ev.adversarial, "both", 0), (ev.normal_case, "accuracy", 0)):
+    for task, metric, tied in ((ev.zero_shot, "macro AUROC", 0.5), (ev.cxr_align, "A", 0.5),
+                               (ev.cxr_align, "B", 0.5), (ev.adversarial, "both", 0),
+                               (ev.normal_case, "accuracy", 0)):
         assert value(task(sees), metric) == 1, metric
         assert value(task(blind), metric) == tied, metric  # of two texts a tie counts one half
-    assert value(ev.cxr_align(blind), "swapped A") == 0.5
     result = ev.retrieval(sees)
     assert value(result, "micro F1") == 1 and result["candidates"] < result["n"]
     assert value(ev.retrieval(blind), "@5") == 0
+
+
+def test_the_swapped_task_tells_reading_images_from_avoiding_negations(tmp_path):
+    path = write(tmp_path, [study(i, ["Edema"] if i < 6 else []) for i in range(12)])
+    for model, a, swapped in ((Seer(), 1, 1), (AvoidsNegations(), 1, 0), (Blind(), 0.5, 0.5)):
+        result = ev.cxr_align(bench(path, model))
+        assert value(result, "A") == a and value(result, "swapped A") == swapped
+        assert result["metrics"]["swapped A"]["chance"] == 0.5
 
 
 class Listening(Seer):
@@ -302,6 +307,14 @@ def test_rows_without_labels_are_unknown_and_never_all_absent(tmp_path):
     assert ev.zero_shot(graded)["n"] == 16
     others = ev.images_without(graded, [9], ["Edema"])
     assert not any(torch.equal(others[0], image) for image in graded.images[:8])
+    rows = rows_of(toy(tmp_path, 120))
+    tested = [row for row in rows if row["split"] == "test"]
+    for row in tested[::4]:
+        del row["labels"], row["targets"]
+    graded = bench(write(tmp_path, rows), split="test")
+    for task, metric in ((ev.zero_shot, "macro AUROC"), (ev.fine_tune, "FT100 macro AUROC")):
+        result = task(graded)
+        assert result["n"] == len(tested) - len(tested[::4]) and value(result, metric) > 0.95
 
 
 def test_a_class_with_one_label_is_nan_and_out_of_the_mean(tmp_path):
@@ -320,10 +333,7 @@ def test_five_exclusive_classes_are_scored_as_one_choice(tmp_path):
 
     class Chooser(Blind):
         def encode_text(self, texts):  # only knows Edema, and likes it for every image
-            return torch.tensor([[1.0, 0] if "edema" in text else [0.8, 0.6] for text in texts])
-
-        def encode_image(self, pixels):
-            return torch.tensor([[1.0, 0]]).repeat(len(pixels), 1)
+            return torch.tensor([[1.0, 1, 1, "edema" in text] for text in texts])
 
     result = ev.zero_shot(bench(write(tmp_path, rows), Chooser()))
     assert value(result, "5-way accuracy") == pytest.approx(0.2)
@@ -377,21 +387,6 @@ def test_prompts_of_a_file_take_the_place_of_ours_and_stand_in_the_result(tmp_pa
     assert {name for name in ours if ours[name] != theirs[name] and "macro" not in name} <= {
         "AUROC Edema", "accuracy Edema"}
     assert capsys.readouterr().out.count("\nwrote ") == 2
-
-
-def test_wrong_files_of_prompts_and_of_results_are_one_line(tmp_path):
-    wrong, run, path = tmp_path / "bad.json", save_run(tmp_path / "run"), toy(tmp_path, 8)
-    prompts = [str(run), "--data", str(path), "--split", "all", "--prompts", str(wrong)]
-    for words, texts in (
-            (prompts, ("[]", '{"Edema": "x"}', '{"Edema": [["x"]]}', '{"Edema": [["x"], []]}', "{",
-                       '{"Edema": [["x"], "y"]}', '{"Edema": [["x"], [3]]}',
-                       '{"Gout": [["x"], ["y"]]}')),
-            (["--compare", str(wrong)], ("", "[]", "{", "{}"))):
-        for text in texts:
-            wrong.write_text(text)
-            with pytest.raises(UserError, match="bad.json.*: expected|Gout: expected a") as error:
-                ev.main(words)
-            assert "\n" not in str(error.value)
 
 
 def test_centred_scores_see_what_a_shift_of_the_whole_image_hides(tmp_path):
@@ -476,14 +471,6 @@ def test_cxr_align_reads_the_first_negative_and_leaves_out_empty_remainders(tmp_
         ev.cxr_align(bench(write(tmp_path, rows)))
 
 
-def test_the_swapped_task_tells_reading_images_from_avoiding_negations(tmp_path):
-    path = write(tmp_path, [study(i, ["Edema"] if i < 6 else []) for i in range(12)])
-    for model, swapped in ((None, 1.0), (AvoidsNegations(), 0.0)):
-        result = ev.cxr_align(bench(path, model))
-        assert value(result, "A") == 1.0 and value(result, "swapped A") == swapped
-        assert result["metrics"]["swapped A"]["chance"] == 0.5
-
-
 # ---- fine-tuning
 
 
@@ -522,29 +509,17 @@ def test_fine_tuning_says_which_split_is_missing(tmp_path):
         ev.fine_tune(bench(write(tmp_path, rows), split="test"))
 
 
-def test_rows_without_truth_are_not_counted(tmp_path):
-    rows = rows_of(toy(tmp_path, 120))
-    blank = [i for i, row in enumerate(rows) if row["split"] == "test"][::4]
-    for i in blank:
-        del rows[i]["labels"], rows[i]["targets"]
-    graded = bench(write(tmp_path, rows), split="test")
-    scored = sum(row["split"] == "test" for row in rows) - len(blank)
-    for task, metric in ((ev.zero_shot, "macro AUROC"), (ev.fine_tune, "FT100 macro AUROC")):
-        result = task(graded)
-        assert result["n"] == scored < len(graded.ids) and value(result, metric) > 0.95
-
 
 # ---- models, ranks, files
 
 
 def test_a_hugging_face_clip_folder_is_measured_by_the_same_code(tmp_path, capsys):
     folder, out = make_hugging_face_clip(tmp_path / "clip"), tmp_path / "out.json"
-    ev.main([str(folder), "--data", str(toy(tmp_path)), "--split", "all", "--out", str(out),
-             "--resamples", "20", "--workers", "0"])
+    words = [str(folder), "--data", str(toy(tmp_path)), "--split", "all", "--workers", "0"]
+    ev.main([*words, "--resamples", "20", "--out", str(out)])
     result = json.loads(out.read_text())
     assert set(result["tasks"]) == set(ev.TASKS) and result["model"] == "clip"
-    ev.main([str(folder), "--data", str(toy(tmp_path)), "--split", "all", "--task", "retrieval",
-             "--resamples", "1"])
+    ev.main([*words, "--resamples", "1", "--task", "retrieval"])
     assert capsys.readouterr().out.endswith("not saved; give --out\n")
     assert not list(folder.glob("results*"))  # somebody else's folder is left alone
 
@@ -576,13 +551,13 @@ def load():
 
 
 def test_a_python_file_with_load_is_a_model_in_its_own_environment(tmp_path):
-    folder, out = tmp_path / "peer", tmp_path / "out.json"
-    folder.mkdir()
-    (folder / "peers_code.py").write_text("WIDTH = 4\n")
-    (folder / "adapter.py").write_text(ADAPTER)
-    command = [sys.executable, "-c", PEERS_ENVIRONMENT, str(folder / "adapter.py"), "--data",
+    out, adapter = tmp_path / "out.json", tmp_path / "peer" / "adapter.py"
+    adapter.parent.mkdir()
+    adapter.with_name("peers_code.py").write_text("WIDTH = 4\n")
+    adapter.write_text(ADAPTER)
+    command = [sys.executable, "-c", PEERS_ENVIRONMENT, str(adapter), "--data",
                str(toy(tmp_path)), "--split", "all", "--resamples", "5", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert value(result["tasks"]["zero-shot"], "macro AUROC") == 0.5
@@ -637,7 +612,7 @@ def test_compare_prints_one_table_of_many_models(tmp_path, capsys):
         (tmp_path / f"{name}.json").write_text(json.dumps({"model": name, "tasks": tasks}))
     paths = [str(tmp_path / f"{name}.json") for name in ("first", "second", "third")]
     ev.main(["--compare", *paths])
-    assert capsys.readouterr().out.splitlines()[:6] == [
+    assert capsys.readouterr().out.splitlines()[2:-1] == [
         "| cxr-align | toy A (n=40) | toy B | toy A (n=41) |",
         "| --- | --- | --- | --- |",
         "| first | 50.0 [40.0, 80.0] | 25.0 [20.0, -] | - |",
@@ -763,16 +738,25 @@ def test_reports_without_labels_are_read_by_rule_for_swapped_a_and_f1(tmp_path):
     assert len(notes) == 4 and notes[0].startswith("skipped zero-shot: ")
 
 
-def test_a_damaged_model_is_one_line_and_a_bug_of_a_python_model_is_none(tmp_path):
-    path, run, file = toy(tmp_path, 8), save_run(tmp_path / "run"), tmp_path / "peer.py"
-    (run / "best.pt").write_bytes(b"no checkpoint")
-    for model, text, error, said in (
-            (run, None, UserError, "best.pt"),
-            (file, None, UserError, "peer.py: expected a Python file"),
-            (file, "name = 'no model'", UserError, "peer.py: expected a function load"),
-            (file, "def load():\n    return {}['no such key']", KeyError, "no such key"),
-            (file, "def load():\n    return 'no model'", AttributeError, "encode_text")):
-        if text:
-            file.write_text(text)
+def test_a_wrong_file_is_one_line_and_a_bug_of_a_python_model_is_none(tmp_path):
+    run, damaged = save_run(tmp_path / "run"), save_run(tmp_path / "damaged")
+    (damaged / "best.pt").write_bytes(b"no checkpoint")
+    file, data = tmp_path / "peer.py", ["--data", str(toy(tmp_path, 8)), "--split", "all"]
+    for words, said, contents in (
+            ([str(damaged), *data], "best.pt", [""]),
+            ([str(tmp_path / "none.py"), *data], "none.py: expected a Python file", [""]),
+            ([str(file), *data], "peer.py: expected a function load", ["name = 'no model'"]),
+            (["--compare", str(file)], "peer.py.*: expected", ["", "[]", "{", "{}"]),
+            ([str(run), *data, "--prompts", str(file)], "peer.py.*: expected|Gout: expected a", [
+                "[]", "{", '{"Edema": "x"}', '{"Edema": [["x"]]}', '{"Edema": [["x"], []]}',
+                '{"Edema": [["x"], "y"]}', '{"Edema": [["x"], [3]]}', '{"Gout": [["x"], ["y"]]}'])):
+        for content in contents:
+            file.write_text(content)
+            with pytest.raises(UserError, match=said) as caught:
+                ev.main(words)
+            assert "\n" not in str(caught.value)
+    for bug, error, said in (("{}['no such key']", KeyError, "no such key"),
+                             ("'no model'", AttributeError, "encode_text")):
+        file.write_text(f"def load():\n    return {bug}")
         with pytest.raises(error, match=said):
-            ev.main([str(model), "--data", str(path), "--split", "all"])
+            ev.main([str(file), *data])
