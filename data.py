@@ -120,7 +120,7 @@ def minimum(bound, kind=int, below=math.inf):
 
 def open_file(path):
     """A regular file that the user named, to read bytes; UserError if it is not there or none."""
-    expect(os.path.isfile(path), path, "a regular file")  # opening a pipe would wait for a writer
+    expect(os.path.isfile(path), path, "a regular file that exists")  # opening a pipe would wait for a writer
     return open(path, "rb")
 
 
@@ -261,16 +261,16 @@ def patient_of(record):
     return record["id"] if patient in (None, "") else patient
 
 
-def patient_hash(patient):
-    """A patient id, or any text, as a signed 64-bit number, the same on every machine."""
-    digest = hashlib.sha256(str(patient).encode()).digest()
+def text_hash(text):
+    """A text, or a patient id, as a signed 64-bit number, the same on every machine."""
+    digest = hashlib.sha256(str(text).encode()).digest()
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
 def split_of(patient):
     """train, val or test (80/10/10) by the patient's hash: a subset keeps its assignment."""
     # ASSUMPTION: sets without an official split get one by a hash of the patient id.
-    share = patient_hash(patient) % 1000
+    share = text_hash(patient) % 1000
     if share < 800:
         return "train"
     return "val" if share < 900 else "test"
@@ -402,13 +402,13 @@ def summary(record, number, offset, length):
     return {
         "line": number, "offset": offset, "length": length,
         "split": record.get("split", ""),
-        "patients": patient_hash(patient_of(record)),
-        "reports": patient_hash(record.get("report", "").strip()),
+        "patients": text_hash(patient_of(record)),
+        "reports": text_hash(record.get("report", "").strip()),
         "positives": [labels.get(name) == 1 for name in CONDITIONS],               # (14,)
         "negatives": len(negatives),
         "labelled": all({"report", "labels"} <= side.keys() for side in sides),
         "with_graphs": all("graph" in side for side in sides),
-        "digest": patient_hash(trained),
+        "digest": text_hash(trained),
     }
 
 
@@ -1381,7 +1381,7 @@ def make_phantom(folder, **settings):
     folder = Path(folder).resolve()
     manifest = folder / "phantom.jsonl"
     note = folder / "phantom.json"
-    text = f"{folder} {settings} {patient_hash(Path(__file__).read_text())}"
+    text = f"{folder} {settings} {text_hash(Path(__file__).read_text())}"
     if not manifest.exists() or not note.exists() or note.read_text() != text:
         note.unlink(missing_ok=True)  # until all images are drawn anew
         write_manifest("phantom", folder, manifest, **settings)
@@ -1631,7 +1631,7 @@ def check(path, image_root="", workers=CPUS):
                 continue
             split = record.get("split", "no split")
             counts[f"split: {split}"] += 1
-            patients.add((patient_hash(patient_of(record)), split))
+            patients.add((text_hash(patient_of(record)), split))
             ids.add(record["id"])
             if record.get("report"):
                 reports[record["report"]] += 1

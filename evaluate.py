@@ -823,7 +823,8 @@ def draw_soft_labels(figure, bench, run):
     axes = figure.subplots(1, len(streams), sharex=True, sharey=True)
     for ax, (name, x) in zip(axes, streams.items(), strict=True):
         tau = flags[f"tau_{name}"]
-        shares = ax.imshow(soft_labels(x @ x.T, tau), "Greys", vmin=0, vmax=1)  # (m, m)
+        y_hat = soft_labels(x @ x.T, tau).numpy()                              # (m, m)
+        shares = ax.imshow(y_hat, "Greys", vmin=0, vmax=1)
         ax.set_title(f"soft labels, {name} stream, tau {tau}")
     ax.set(xticks=[], yticks=range(len(names)), yticklabels=names)
     figure.colorbar(shares, ax=axes, shrink=0.5, label="share of a row's target: black all, "

@@ -132,7 +132,6 @@ class DynamicSoftContrastiveLoss(nn.Module):
         targets, square = {}, {}
         if not self.soft:
             return targets, square, _one_positive(x)
-        B, N = len(x["image"]), len(X["image"])
         positives = {}
         # ASSUMPTION: soft labels carry no gradient.
         for k, S in _similarities(x, X):                                      # (R, M)  Eq. 3, Eq. 8
@@ -141,7 +140,8 @@ class DynamicSoftContrastiveLoss(nn.Module):
             positives[f"positives_{k}"] = H.exp().mean()
             if self.weights[k] > 0:
                 # ASSUMPTION: T1->I and G1->I take the top-left N x N of y, re-normalised.
-                block = F.normalize(y_hat[:B, :N], p=1)                       # (B, N)
+                block = y_hat[:len(x["image"]), :len(X["image"])]             # (B, N)
+                block = F.normalize(block, p=1)                               # (B, N)
                 targets[k], square[k] = (y_hat, H), (block, entropy(block))
         return targets, square, positives
 

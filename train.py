@@ -57,9 +57,9 @@ from data import (
     make_phantom,
     minimum,
     open_atomic,
-    patient_hash,
     read_jsonl,
     run_main,
+    text_hash,
 )
 from evaluate import provenance, validate
 from loss import DynamicSoftContrastiveLoss, SigmoidSoftContrastiveLoss, SoftCLIPLoss
@@ -388,7 +388,7 @@ def check_rows(args, path):
     expect(len(rows) >= args.batch_size, path, f"at least --batch-size {args.batch_size} rows "
            f"of split train, got {len(rows)}")
     _, graphs, _ = SYSTEMS[args.system]
-    ready = rows.labelled & (rows.columns["reports"] != patient_hash(""))
+    ready = rows.labelled & (rows.columns["reports"] != text_hash(""))
     if graphs:
         ready &= rows.with_graphs
     expect(ready.all(), rows.where(np.argmin(ready)), "a report that is not empty, labels, and for "
@@ -469,7 +469,7 @@ def load_resumed(args, folder):
         expect(was == value or name in FREE_ON_RESUME, f"--{name.replace('_', '-')}",
                f"{was!r} to resume what was begun with that, got {value!r}")
     if Path(checkpoint).parent != folder:
-        saved["val"] = None  # best.pt stayed there
+        saved["val"] = None  # best.pt stayed there: as with other val rows the best starts anew
     return saved
 
 

@@ -44,10 +44,10 @@ from data import (  # noqa: E402
     mesh_targets,
     minimum,
     open_atomic,
-    patient_hash,
     read_json,
     read_jsonl,
     run_main,
+    text_hash,
 )
 from evaluate import NORMAL, prompts, provenance  # noqa: E402
 from negations import annotate  # noqa: E402
@@ -823,7 +823,7 @@ def split_openi(whole, seed):
     plain, more = STUDY / f"openi-{seed}.jsonl", STUDY / f"openi+normals-{seed}.jsonl"
     with open_atomic(plain) as plain_file, open_atomic(more) as more_file:
         for _, record in read_jsonl(whole):
-            tenth = patient_hash(record["patient"]) % 1000 // 100
+            tenth = text_hash(record["patient"]) % 1000 // 100
             splits = {VAL_TENTH: "val", TENTHS[seed]: "test"}
             record["split"] = splits.get(tenth, "train")
             line = json.dumps(record, ensure_ascii=False) + "\n"

@@ -945,7 +945,7 @@ def test_a_patient_that_is_null_or_absent_is_each_studys_own(tmp_path):
     del rows[2]["patient"]
     patients = Manifest(manifest_of(tmp_path, rows)).patients.tolist()
     assert len(set(patients)) == 5 and patients[3] == patients[4]
-    assert patients[0] == data.patient_hash("s/0")
+    assert patients[0] == data.text_hash("s/0")
 
 
 def test_an_empty_or_missing_manifest_is_refused(tmp_path):
