@@ -120,7 +120,8 @@ def minimum(bound, kind=int, below=math.inf):
 
 def open_file(path):
     """A regular file that the user named, to read bytes; UserError if it is not there or none."""
-    expect(os.path.isfile(path), path, "a regular file that exists")  # opening a pipe would wait for a writer
+    # opening a pipe would wait for a writer
+    expect(os.path.isfile(path), path, "a regular file that exists")
     return open(path, "rb")
 
 
